@@ -1,0 +1,390 @@
+# Bringing blocks in before the touch: read-ahead by pattern, and the jobs of prefetch and populate.
+#
+# Uses:     begin_run, finish_run of _fill.pxi; region_acquire of _inline.pxi
+# Provides: ahead_note (a demand fault was seen), hand_off (a fault that a worker shall serve), job_post, job_cancel,
+#           serve_one_piece (a worker has time), announce_idle/withdraw_idle/wake_worker
+#
+# Order of service: handed-off faults, populate (somebody waits), read-ahead, prefetch. A worker looks for faults
+# between any two pieces, so a touch waits for at most one piece of PIECE_BYTES per worker.
+
+# ---- who sleeps, and who is woken --------------------------------------------------------------------------------------
+
+cdef void announce_idle(Engine_t *e, Slot *s) noexcept nogil:
+    u64_or(&e.idle[s.index >> 6], <uint64_t>1 << (s.index & 63))
+    fence_seq()                             # before we look for work: pairs with the fence of wake_worker
+
+
+cdef void withdraw_idle(Engine_t *e, Slot *s) noexcept nogil:
+    u64_and(&e.idle[s.index >> 6], ~(<uint64_t>1 << (s.index & 63)))
+
+
+cdef void wake_worker(Engine_t *e) noexcept nogil:
+    """Wakes one worker that sleeps, if any does. Called after work was queued."""
+    cdef uint64_t bits, bit
+    cdef uint32_t half, i
+    fence_seq()
+    for half in range(2):
+        bits = u64_load_seq(&e.idle[half])
+        while bits:
+            bit = bits & (~bits + 1)
+            if u64_and(&e.idle[half], ~bit) & bit:
+                i = half * 64 + <uint32_t>u64_log2(bit)
+                eventfd_raise(e.slots[i].wake_fd)
+                return
+            bits = u64_load_seq(&e.idle[half])
+
+
+cdef bint work_waits(Engine_t *e) noexcept nogil:
+    return (u64_load_seq(&e.demand.tail) != u64_load_seq(&e.demand.head)
+            or u64_load_seq(&e.ahead.tail) != u64_load_seq(&e.ahead.head) or u32_load_seq(&e.jobs_waiting) != 0)
+
+
+cdef bint serve_one_piece(Engine_t *e, Slot *s) noexcept nogil:
+    """Does one piece of work that is no fault; False when there was none."""
+    cdef Piece p
+    if ring_take(e.demand, &p):
+        serve_piece(s, &p, DEMAND)
+        return True
+    if job_serve(e, s, POPULATE):
+        return True
+    if ring_take(e.ahead, &p):
+        if u64_load_seq(&e.ahead.tail) != u64_load_seq(&e.ahead.head):
+            wake_worker(e)                  # there is more: somebody else may take the next
+        serve_piece(s, &p, READAHEAD)
+        return True
+    return job_serve(e, s, PREFETCH)
+
+
+cdef void serve_piece(Slot *s, Piece *p, uint32_t cause) noexcept nogil:
+    """Fills what is still missing of a piece."""
+    cdef Region_t *r = region_acquire(p.region_id)
+    cdef uint64_t b = p.first
+    cdef uint32_t got, left = p.count
+    if r == NULL:
+        return
+    stage(s, r, H_QUEUE, now_ns() - p.since_ns)
+    while left and not u32_load(&r.closing):
+        got = 0
+        if b < r.blocks:
+            got = begin_run(s, r, b, left if p.stride == 1 else 1, p.write, cause, MISSING)
+        if got:
+            finish_run(s, r)
+            if u32_load(&s.kind) == SLOT_RETIRED:
+                break
+        else:
+            got = 1
+        left -= got
+        b += <uint64_t>(<int64_t>got * p.stride)
+    region_release(r)
+
+
+# ---- the rings ----------------------------------------------------------------------------------------------------------
+
+cdef void ring_init(Ring *q) noexcept nogil:
+    cdef uint64_t i
+    for i in range(<uint32_t>RING):
+        q.cell[i].turn = i
+    q.head = 0
+    q.tail = 0
+
+
+cdef bint ring_put(Ring *q, Piece *p) noexcept nogil:
+    cdef uint64_t at = u64_load(&q.tail), turn
+    while True:
+        turn = u64_load(&q.cell[at & (RING - 1)].turn)
+        if turn == at:
+            if u64_cas(&q.tail, at, at + 1):
+                q.cell[at & (RING - 1)].piece = p[0]
+                u64_store(&q.cell[at & (RING - 1)].turn, at + 1)
+                return True
+        elif <int64_t>(turn - at) < 0:
+            return False                    # full
+        at = u64_load(&q.tail)
+
+
+cdef bint ring_take(Ring *q, Piece *p) noexcept nogil:
+    cdef uint64_t at = u64_load(&q.head), turn
+    while True:
+        turn = u64_load(&q.cell[at & (RING - 1)].turn)
+        if turn == at + 1:
+            if u64_cas(&q.head, at, at + 1):
+                p[0] = q.cell[at & (RING - 1)].piece
+                u64_store(&q.cell[at & (RING - 1)].turn, at + RING)
+                return True
+        elif <int64_t>(turn - at) <= 0:
+            return False                    # empty
+        at = u64_load(&q.head)
+
+
+cdef bint hand_off(Region_t *r, uint64_t b, bint write) noexcept nogil:
+    """Asks a worker to serve a fault; the caller then sleeps on the block's word. False: full, ask again."""
+    cdef Piece p
+    p.region_id = r.id
+    p.first = b
+    p.stride = 1
+    p.count = 1
+    p.write = write
+    p.since_ns = now_ns()
+    if not ring_put(r.engine.demand, &p):
+        return False
+    wake_worker(r.engine)
+    return True
+
+
+# ---- read-ahead ---------------------------------------------------------------------------------------------------------
+
+cdef void ahead_note(Slot *s, Region_t *r, int64_t b) noexcept nogil:
+    """A touch waits, or waited, for block b: continue the pattern it belongs to, or look for a new one.
+
+    A pattern is a constant stride in blocks (negative ones too), first believed when three touches among the last
+    HISTORY fit it. Its window is a sixth of what it has proved so far, at least 4 blocks and at most ahead_blocks, so
+    that what is read in vain when it stops stays a small part of what was used. A pattern that is not met again asks
+    for nothing more.
+    """
+    cdef Stream *st
+    cdef int i
+    if r.ahead_blocks == 0 or not u32_cas(&r.ahead_lock, 0, 1):
+        return
+    r.clock += 1
+    for i in range(STREAMS):
+        st = &r.stream[i]
+        if st.stride != 0 and stream_meets(st, b):
+            stream_extend(s, r, st, b)
+            u32_store(&r.ahead_lock, 0)
+            return
+    stream_look(s, r, b)
+    r.history[r.history_at & (HISTORY - 1)] = b
+    r.history_at += 1
+    u32_store(&r.ahead_lock, 0)
+
+
+cdef bint stream_meets(Stream *st, int64_t b) noexcept nogil:
+    """Whether b is the next block that was not asked for yet, or one on the way there."""
+    cdef int64_t ahead = (b - st.last) * (1 if st.stride > 0 else -1)
+    cdef int64_t limit = (st.next - st.last) * (1 if st.stride > 0 else -1)
+    return 0 < ahead <= limit and (b - st.last) % st.stride == 0
+
+
+cdef void stream_extend(Slot *s, Region_t *r, Stream *st, int64_t b) noexcept nogil:
+    cdef uint64_t window, ahead
+    st.confirmed += <uint64_t>((b - st.last) / st.stride)
+    st.last = b
+    st.stamp = r.clock
+    if st.next == b:
+        st.next = b + st.stride
+    window = st.confirmed / 6
+    if window < 4:
+        window = 4
+    if window > r.ahead_blocks:
+        window = r.ahead_blocks
+    ahead = <uint64_t>((st.next - b) / st.stride) - 1
+    if ahead * 2 <= window:
+        stream_ask(s, r, st, window - ahead)
+
+
+cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogil:
+    """Queues the stream's next n blocks in pieces. A full queue ends it early: read-ahead is a hint."""
+    cdef uint64_t per_piece = PIECE_BYTES >> r.shift, pieces = 0
+    cdef Piece p
+    if per_piece == 0:
+        per_piece = 1
+    if st.stride != 1 and per_piece > 4:
+        per_piece = 4
+    while n and st.next >= 0 and st.next < <int64_t>r.blocks:
+        p.region_id = r.id
+        p.first = <uint64_t>st.next
+        p.stride = st.stride
+        p.count = <uint32_t>(per_piece if per_piece < n else n)
+        p.write = 0
+        p.since_ns = now_ns()
+        if not ring_put(r.engine.ahead, &p):
+            break
+        st.next += st.stride * <int64_t>p.count
+        n -= p.count
+        pieces += 1
+    if pieces > 1 or pieces and s.kind == SLOT_INLINE:
+        wake_worker(r.engine)
+
+
+cdef void stream_look(Slot *s, Region_t *r, int64_t b) noexcept nogil:
+    """Is there a d with b - d and b - 2 d among the last touches? The nearest touch is tried first."""
+    cdef int i, j
+    cdef int64_t d
+    for i in range(1, HISTORY + 1):
+        d = b - r.history[(r.history_at - i) & (HISTORY - 1)]
+        if d == 0 or d > 64 or d < -64:
+            continue
+        for j in range(1, HISTORY + 1):
+            if r.history[(r.history_at - j) & (HISTORY - 1)] == b - 2 * d:
+                stream_start(s, r, b, d)
+                return
+
+
+cdef void stream_start(Slot *s, Region_t *r, int64_t b, int64_t stride) noexcept nogil:
+    cdef Stream *st = &r.stream[0]
+    cdef int i
+    for i in range(1, STREAMS):
+        if r.stream[i].stamp < st.stamp:
+            st = &r.stream[i]
+    stream_end(s, r, st)
+    st.stride = stride
+    st.last = b - stride
+    st.next = b
+    st.confirmed = 2
+    stream_extend(s, r, st, b)
+
+
+cdef void stream_end(Slot *s, Region_t *r, Stream *st) noexcept nogil:
+    """What it asked for beyond the last block that was met counts as wasted; an estimate, there are no access bits."""
+    cdef int64_t ahead
+    if st.stride != 0:
+        ahead = (st.next - st.last) / st.stride - 1
+        if ahead > 0:
+            count(s, r, C_WASTED, <uint64_t>ahead)
+    st.stride = 0
+
+
+# ---- jobs: prefetch and populate ------------------------------------------------------------------------------------------
+
+cdef void job_post(Engine_t *e, Job_t *j) noexcept nogil:
+    """Queues a job, behind those of its kind; wakes a worker. The queue holds a reference."""
+    cdef Job_t **at
+    pthread_mutex_lock(&e.job_lock)
+    j.refs += 1
+    j.next = NULL
+    j.queued = 1
+    at = &e.jobs
+    while at[0] != NULL:
+        at = &at[0].next
+    at[0] = j
+    u32_add_seq(&e.jobs_waiting, 1)
+    pthread_mutex_unlock(&e.job_lock)
+    wake_worker(e)
+    if j.nruns > 1 or j.runs[1] - j.runs[0] > 1:
+        wake_worker(e)
+
+
+cdef void job_unqueue(Engine_t *e, Job_t *j) noexcept nogil:
+    """Takes a job that has nothing more to hand out from the queue. Under job_lock."""
+    cdef Job_t **at = &e.jobs
+    while at[0] != j:
+        at = &at[0].next
+    at[0] = j.next
+    j.queued = 0
+    u32_sub(&e.jobs_waiting, 1)
+    job_finish(j)
+
+
+cdef void job_finish(Job_t *j) noexcept nogil:
+    """Ends a job that is out of the queue and has no piece under way. Under job_lock."""
+    if not j.queued and j.outstanding == 0 and not u32_load(&j.done):
+        u32_store(&j.done, 1)
+        futex_wake_all(&j.done)
+        job_release(j)                      # the queue's reference
+
+
+cdef void job_release(Job_t *j) noexcept nogil:
+    """Under job_lock."""
+    j.refs -= 1
+    if j.refs == 0:
+        free(j.runs)
+        free(j)
+
+
+cdef void job_cancel(Engine_t *e, Job_t *j) noexcept nogil:
+    pthread_mutex_lock(&e.job_lock)
+    u32_store(&j.cancelled, 1)
+    if j.queued:
+        job_unqueue(e, j)
+    pthread_mutex_unlock(&e.job_lock)
+
+
+cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
+    """One piece of the first job of a kind. False: there is none."""
+    cdef Job_t *j
+    cdef Region_t *r = NULL
+    cdef uint64_t first = 0, n = 0
+    if u32_load_seq(&e.jobs_waiting) == 0:
+        return False
+    pthread_mutex_lock(&e.job_lock)
+    j = e.jobs
+    while j != NULL and j.kind != kind:
+        j = j.next
+    if j != NULL:
+        r = region_acquire(j.region_id)
+        if r == NULL:
+            u32_store(&j.cancelled, 1)
+            job_unqueue(e, j)
+        else:
+            j.outstanding += 1
+            job_next_piece(e, j, r.shift, &first, &n)
+    pthread_mutex_unlock(&e.job_lock)
+    if j == NULL:
+        return False
+    if r != NULL:
+        job_fill(e, s, j, r, first, n)
+        region_release(r)
+    return True
+
+
+cdef void job_next_piece(Engine_t *e, Job_t *j, uint32_t shift, uint64_t *first, uint64_t *n) noexcept nogil:
+    """Under job_lock: the next piece; the job leaves the queue with its last one."""
+    cdef uint64_t most = PIECE_BYTES >> shift
+    cdef uint64_t end = j.runs[2 * j.at + 1]
+    if most == 0:
+        most = 1
+    first[0] = j.block
+    n[0] = end - j.block if end - j.block < most else most
+    j.block += n[0]
+    if j.block == end:
+        j.at += 1
+        if j.at < j.nruns:
+            j.block = j.runs[2 * j.at]
+    if j.at == j.nruns:
+        job_unqueue(e, j)                   # it ends with the last piece that is under way
+
+
+cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, uint64_t n) noexcept nogil:
+    cdef uint64_t b = first, end = first + n
+    cdef uint32_t got
+    cdef int err
+    stage(s, r, H_QUEUE, now_ns() - j.since_ns)
+    while b < end and not u32_load(&j.cancelled) and not u32_load(&r.closing):
+        s.job = j
+        got = begin_run(s, r, b, <uint32_t>(end - b), False, j.kind, MISSING)
+        if got == 0 and j.kind == POPULATE:
+            got = begin_run(s, r, b, 1, False, POPULATE, POISONED)
+            if got:
+                unpoison_pages(r, b)
+        if got == 0:
+            b += 1
+            continue
+        err = finish_run(s, r)
+        if u32_load(&s.kind) == SLOT_RETIRED:
+            return                          # the keeper has ended this piece in our place
+        b += got
+        if err != 0:
+            job_fail(e, j, err, s.first, s.tries)
+    s.job = NULL
+    job_piece_done(e, j)
+
+
+cdef void job_fail(Engine_t *e, Job_t *j, int err, uint64_t b, uint32_t tries) noexcept nogil:
+    """The first error of a job; populate hands out no more then, prefetch goes on."""
+    pthread_mutex_lock(&e.job_lock)
+    if j.error == 0:
+        j.error = err
+        j.error_block = b
+        j.tries = tries
+    if j.kind == POPULATE:
+        u32_store(&j.cancelled, 1)
+        if j.queued:
+            job_unqueue(e, j)
+    pthread_mutex_unlock(&e.job_lock)
+
+
+cdef void job_piece_done(Engine_t *e, Job_t *j) noexcept nogil:
+    pthread_mutex_lock(&e.job_lock)
+    j.outstanding -= 1
+    job_finish(j)
+    pthread_mutex_unlock(&e.job_lock)

@@ -1,0 +1,518 @@
+# Block states, and filling: claim a run of blocks, have the provider fill it, place it, publish it.
+#
+# Uses:     the data of _core.pyx, the calls of _sys.h; enter_blocking/leave_blocking of _life.pxi
+# Provides: begin_run, finish_run (fills), lift_run (the first write), repair_run, poison_block, ask_for_wake,
+#           wait_for_word, publish, count, stage
+#
+#   MISSING > FILLING > CLEAN > UNPROTECTING > DIRTY         the way of a block that is read, then written
+#             FILLING > DIRTY                                filled for a write
+#             FILLING > MISSING                              a prefetch, populate or read-ahead failed
+#             FILLING > POISONED > FILLING                   a touch failed for good; populate tries again
+#   CLEAN | DIRTY > FILLING                                  the program dropped pages of it (madvise): repaired
+#
+# Only the owner of FILLING and UNPROTECTING changes such a word (others may set WAITERS in it), so publishing is an
+# exchange. A word is published only after the kernel did what it says. Whoever publishes over WAITERS wakes both
+# kinds of sleeper: futex for the SIGBUS handler, UFFDIO_WAKE for faults whose message was read in the busy time.
+
+cdef enum:
+    OP_COPY, OP_CONTINUE, OP_ZEROPAGE, OP_POISON
+    LATE = -100000                  # no errno: the keeper took the run away while the provider had it
+
+cdef uint32_t fork_gate = 0         # 1 while fork() copies this process: nobody changes a block's state then
+cdef char *zero_bytes = NULL        # MAX_BLOCK_BYTES that read as zero, the source of zero blocks
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t page_round(uint64_t n) noexcept nogil:
+    return (n + PAGE - 1) & ~(PAGE - 1)
+
+
+cdef inline uint64_t block_span(Region_t *r, uint64_t b) noexcept nogil:
+    """Bytes of block b in pages; less than a block only for the last one."""
+    cdef uint64_t start = b << r.shift, whole = <uint64_t>1 << r.shift
+    return whole if start + whole <= r.span else r.span - start
+
+
+cdef inline uint64_t run_bytes(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
+    """Bytes of blocks [b, b+n) that are the user's."""
+    cdef uint64_t start = b << r.shift, end = (b + n) << r.shift
+    return (end if end < r.nbytes else r.nbytes) - start
+
+
+# ---- counters ---------------------------------------------------------------------------------------------------------
+
+cdef inline void count(Slot *s, Region_t *r, int which, uint64_t n) noexcept nogil:
+    u64_add(&r.counters[s.index & (STRIPES - 1)].n[which], n)
+
+
+cdef inline void stage(Slot *s, Region_t *r, int which, uint64_t ns) noexcept nogil:
+    cdef int bucket = u64_log2(ns)
+    u64_add(&r.counters[s.index & (STRIPES - 1)].stage[which][bucket if bucket < BUCKETS else BUCKETS - 1], 1)
+
+
+cdef void count_fault(Slot *s, Region_t *r, uint32_t flags) noexcept nogil:
+    if flags & UF_FLAG_WP:
+        count(s, r, C_FAULTS_WP, 1)
+    elif flags & UF_FLAG_WRITE:
+        count(s, r, C_FAULTS_WRITE, 1)
+    else:
+        count(s, r, C_FAULTS_READ, 1)
+
+
+# ---- changing states ----------------------------------------------------------------------------------------------------
+
+cdef void critical_enter(Slot *s) noexcept nogil:
+    """Between here and critical_leave the slot may change block states; short, kernel calls only. fork() keeps out."""
+    while True:
+        u32_store_seq(&s.critical, 1)
+        if u32_load_seq(&fork_gate) == 0:
+            return
+        u32_store_seq(&s.critical, 0)
+        futex_wait(&fork_gate, 1, 100000000)
+
+
+cdef inline void critical_leave(Slot *s) noexcept nogil:
+    u32_store(&s.critical, 0)
+
+
+cdef void settle(Engine_t *e) noexcept nogil:
+    """Waits until what was being placed when it was called is published: the kernel lets a fault go on a moment
+    before. So whoever touched a page finds it resident, and counted."""
+    cdef uint32_t i
+    cdef uint64_t deadline = now_ns() + SECOND_NS
+    for i in range(<uint32_t>MAX_SLOTS):
+        while u32_load_seq(&e.slots[i].critical) and now_ns() < deadline:
+            sched_yield()
+
+
+cdef bint claim(Slot *s, Region_t *r, uint64_t b, uint32_t from_state) noexcept nogil:
+    cdef uint32_t word = u32_load(&r.state[b])
+    cdef uint32_t mine
+    while word & STATE_MASK == from_state and word & DEAD == 0:
+        mine = FILLING | (word & (WAITERS | FROM_PARENT)) | ((s.index + 1) << OWNER_SHIFT)
+        mine |= ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT
+        if u32_cas(&r.state[b], word, mine):
+            return True
+        word = u32_load(&r.state[b])
+    return False
+
+
+cdef inline bint owned(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    cdef uint32_t word = u32_load(&r.state[b])
+    return word & STATE_MASK == FILLING and (word >> OWNER_SHIFT) & OWNER_MASK == s.index + 1
+
+
+cdef void publish(Region_t *r, uint64_t b, uint64_t n, uint32_t state) noexcept nogil:
+    """Gives the blocks [b, b+n), which the caller owns, their new state, and wakes whoever asked for it."""
+    cdef uint64_t i
+    cdef uint32_t old, new
+    cdef bint asked = False
+    for i in range(b, b + n):
+        old = u32_load(&r.state[i])
+        new = state | (old >> GENERATION_SHIFT << GENERATION_SHIFT)
+        if state & STATE_MASK == MISSING or state & STATE_MASK == POISONED:
+            new |= old & FROM_PARENT        # set before the first thread ran; WAITERS alone can change beside us
+        old = u32_swap(&r.state[i], new)
+        if old & WAITERS:
+            asked = True
+            futex_wake_all(&r.state[i])
+    if asked and not r.is_inline:
+        uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), ((n - 1) << r.shift) + block_span(r, b + n - 1))
+
+
+cdef bint ask_for_wake(Region_t *r, uint64_t b, uint32_t word) noexcept nogil:
+    """Marks a busy block so that its owner wakes the fault; False when it is not busy or not `word` any more."""
+    if word & STATE_MASK != FILLING and word & STATE_MASK != UNPROTECTING:
+        return False
+    return word & WAITERS != 0 and u32_load(&r.state[b]) == word or u32_cas(&r.state[b], word, word | WAITERS)
+
+
+cdef void wait_for_word(Region_t *r, uint64_t b, uint32_t word, uint64_t timeout_ns) noexcept nogil:
+    """Sleeps until the block's word is not `word` any more, or the time is over."""
+    if word & WAITERS == 0:
+        if not u32_cas(&r.state[b], word, word | WAITERS):
+            return
+        word |= WAITERS
+    futex_wait(&r.state[b], word, timeout_ns)
+
+
+# ---- a fill -------------------------------------------------------------------------------------------------------------
+
+cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint write, uint32_t cause,
+                        uint32_t from_state) noexcept nogil:
+    """Claims blocks from b on, at most `most` and what fits the slot's buffer; how many it got. The slot owns them."""
+    cdef uint32_t limit = <uint32_t>(RUN_BYTES >> r.shift)
+    cdef uint32_t n = 0
+    if limit > MAX_RUN:
+        limit = MAX_RUN
+    if limit == 0:
+        limit = 1
+    if limit > most:
+        limit = most
+    if r.in_child:
+        limit = 1                           # each block may come from elsewhere
+    critical_enter(s)
+    while n < limit and b + n < r.blocks and claim(s, r, b + n, from_state):
+        n += 1
+    if n:
+        s.region_id = r.id
+        s.first = b
+        s.count = n
+        s.cause = cause
+        s.write = write or not r.protect and r.writable or u32_load(&r.state[b]) & FROM_PARENT
+        s.repair = from_state != MISSING
+        s.tries = 0
+        s.last_error = 0
+        s.said_ns = 0
+        u64_store(&s.since_ns, now_ns())
+        u32_store(&s.phase, BUSY)
+    critical_leave(s)
+    return n
+
+
+cdef int finish_run(Slot *s, Region_t *r) noexcept nogil:
+    """Fills, places and publishes the run that begin_run claimed. 0, or the first failed block's -errno.
+
+    The run is tried as a whole first; if that fails, block by block, so that one bad block does not take its
+    neighbours along, and the bad ones again after growing pauses.
+    """
+    cdef int err
+    if r.fill.may_block:
+        enter_blocking(s)
+    err = attempt(s, r, s.first, s.count)
+    if err != 0 and err != LATE:
+        err = retry_run(s, r, err)
+    if r.fill.may_block:
+        leave_blocking(s)
+    if err == LATE:
+        u32_sub(&r.stuck, 1)                # it came back after all; its reference goes now
+        return -ETIMEDOUT                   # the keeper has answered for the run; this worker is retired
+    u64_store(&s.since_ns, 0)
+    u32_store(&s.phase, IDLE)
+    if err == 0 and u32_load(&r.parked) and u32_swap(&r.parked, 0):
+        uf_wake(r.fd, <uint64_t>r.base, r.span)
+    return err
+
+
+cdef int retry_run(Slot *s, Region_t *r, int err) noexcept nogil:
+    cdef uint64_t deadline = s.since_ns + r.timeout_ns
+    cdef uint64_t pause = 1000000, b, now
+    cdef uint32_t left = s.count
+    cdef bint split = s.count > 1
+    cdef int one
+    s.tries = 1
+    while True:
+        s.last_error = err
+        if not split:
+            now = now_ns()
+            if gives_up(s, r, now + pause >= deadline):
+                return fail_run(s, r, err)
+            futex_wait(&r.closing, 0, pause)
+            pause = pause * 4 if pause < 250000000 else SECOND_NS
+            s.tries += 1
+            count(s, r, C_RETRIES, left)
+        split = False
+        left = 0
+        for b in range(s.first, s.first + s.count):
+            if not owned(s, r, b):
+                continue
+            one = attempt(s, r, b, 1)
+            if one == LATE:
+                return LATE
+            if one != 0:
+                left += 1
+                err = one
+        if left == 0:
+            return 0
+
+
+cdef bint gives_up(Slot *s, Region_t *r, bint late) noexcept nogil:
+    if u32_load(&r.closing) or u32_load(&r.engine.stopping) or s.cause == READAHEAD:
+        return True
+    if s.cause == DEMAND and r.wait_for_ever:
+        return False
+    return late or s.tries > r.retries
+
+
+cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
+    """One try at blocks [b, b+n) of the slot's run: 0 and published, or -errno and still FILLING."""
+    cdef uint64_t offset = b << r.shift, nbytes = run_bytes(r, b, n)
+    cdef const char *source = NULL
+    cdef uint64_t t0 = now_ns(), t1
+    cdef int err = obtain(s, r, offset, nbytes, &source)
+    t1 = now_ns()
+    stage(s, r, H_FILL, t1 - t0)
+    if not u32_cas(&s.phase, BUSY, PLACING):
+        return LATE                         # timed out: whatever came is too late
+    if err == 0:
+        critical_enter(s)
+        err = place(s, r, offset, page_round(nbytes), source)
+        if err >= 0:
+            stage(s, r, H_RESOLVE, now_ns() - t1)
+            count(s, r, C_DEMAND if s.cause == DEMAND else C_READAHEAD if s.cause == READAHEAD else C_PREFETCH, n)
+            count(s, r, C_BYTES, nbytes)
+            publish(r, b, n, DIRTY if s.write or err > 0 else CLEAN)
+            err = 0
+        critical_leave(s)
+    u32_store(&s.phase, BUSY)
+    if err != 0:
+        count(s, r, C_ERRORS, 1)
+    return err
+
+
+cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const char **source) noexcept nogil:
+    """Has the provider's bytes at *source, or already in the region's own shared pages. 0 or -errno."""
+    cdef uint64_t span = page_round(nbytes)
+    cdef char *target = s.staging
+    cdef int err
+    if r.in_child and u32_load(&r.state[offset >> r.shift]) & FROM_PARENT:
+        source[0] = r.alias + offset        # dirty in the parent when it forked
+        return 0
+    if r.fill.kind == FILL_DIRECT and not r.minor and nbytes == span and not r.nested:
+        source[0] = r.fill.direct + offset
+        return 0
+    if r.fill.kind == FILL_ZERO and (not r.minor or s.repair):
+        source[0] = NULL if r.zeropage and not r.writable else zero_bytes
+        return 0
+    if r.minor and not s.repair:
+        if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>span) != 0:
+            return -errno                   # said here, where it is an error and not a SIGBUS
+        if r.fill.kind == FILL_ZERO:
+            return 0
+        target = r.alias + offset
+    source[0] = target
+    if r.fill.kind == FILL_DIRECT:
+        memcpy(target, r.fill.direct + offset, nbytes)
+    elif r.fill.kind == FILL_ZERO:
+        memset(target, 0, nbytes)
+    else:
+        err = r.fill.call(r.fill.self, s.index, offset, target, nbytes)
+        if err != 0:
+            return err if err < 0 else -EIO
+    if span > nbytes:
+        memset(target + nbytes, 0, span - nbytes)
+    return 0
+
+
+cdef int place(Slot *s, Region_t *r, uint64_t offset, uint64_t span, const char *source) noexcept nogil:
+    """Puts the pages in. 0; 1 when some were there already, of unknown history; or -errno."""
+    cdef uint64_t start = <uint64_t>r.base + offset
+    cdef bint protect = r.protect and not s.write
+    cdef int err
+    if s.repair:
+        return place_around(r, start, span, source, protect)
+    if r.minor:
+        err = place_run(r, OP_CONTINUE, start, 0, span, UF_CONTINUE_WP if protect else 0)
+    elif source == NULL:
+        err = place_run(r, OP_ZEROPAGE, start, 0, span, 0)
+    else:
+        err = place_run(r, OP_COPY, start, <uint64_t>source, span, UF_COPY_WP if protect else 0)
+    if err > 0 and protect:
+        uf_writeprotect(r.fd, start, span, 0)
+    return err
+
+
+cdef int place_run(Region_t *r, int op, uint64_t start, uint64_t source, uint64_t len, uint64_t mode) noexcept nogil:
+    """One ioctl for the run, and more where the kernel stops half way. `done` is signed: progress only if positive."""
+    cdef uint64_t at = 0, deadline = 0
+    cdef int64_t done
+    cdef int err, mixed = 0
+    while at < len:
+        done = 0
+        if op == OP_COPY:
+            err = uf_copy(r.fd, start + at, source + at, len - at, mode, &done)
+        elif op == OP_CONTINUE:
+            err = uf_continue(r.fd, start + at, len - at, mode, &done)
+        elif op == OP_ZEROPAGE:
+            err = uf_zeropage(r.fd, start + at, len - at, mode, &done)
+        else:
+            err = uf_poison(r.fd, start + at, len - at, &done)
+        if err == 0:
+            break
+        if done > 0:
+            at += <uint64_t>done            # stopped at a page that is there, or by a signal: go on behind it
+        elif err == -EEXIST:
+            mixed = 1                       # benign: the page is there. Its waiters are not woken by the kernel
+            uf_wake(r.fd, start + at, PAGE)
+            at += PAGE
+        elif err == -EAGAIN:                # the address space is changing; over when that is, if it ever is
+            if deadline == 0:
+                deadline = now_ns() + SECOND_NS
+            elif now_ns() > deadline:
+                return err
+            sched_yield()
+        else:
+            return err
+    return mixed
+
+
+cdef int place_around(Region_t *r, uint64_t start, uint64_t span, const char *source, bint protect) noexcept nogil:
+    """For a block of which some pages are there: the missing ones are put in, the others stay as they are."""
+    cdef uint64_t at = 0
+    cdef int err
+    while at < span:
+        if source == NULL:
+            err = place_run(r, OP_ZEROPAGE, start + at, 0, PAGE, 0)
+        else:
+            err = place_run(r, OP_COPY, start + at, <uint64_t>source + at, PAGE, UF_COPY_WP if protect else 0)
+        if err > 0 and r.minor:             # in the file, not in the page table
+            err = place_run(r, OP_CONTINUE, start + at, 0, PAGE, UF_CONTINUE_WP if protect else 0)
+        if err < 0:
+            return err
+        at += PAGE
+    uf_wake(r.fd, start, span)
+    return 0
+
+
+# ---- the first write, and blocks that are there -------------------------------------------------------------------------
+
+cdef uint32_t lift_run(Slot *s, Region_t *r, uint64_t b, uint32_t most) noexcept nogil:
+    """CLEAN > UNPROTECTING > DIRTY for the blocks from b on, at most `most`; how many. One ioctl; it wakes writers."""
+    cdef uint32_t n = 0, word
+    cdef uint64_t start = <uint64_t>(r.base + (b << r.shift)), deadline = 0
+    critical_enter(s)
+    while n < most:
+        word = u32_load(&r.state[b + n])
+        if word & STATE_MASK != CLEAN:
+            break
+        if u32_cas(&r.state[b + n], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
+            n += 1
+    if n:
+        while r.protect and uf_writeprotect(
+                r.fd, start, ((<uint64_t>n - 1) << r.shift) + block_span(r, b + n - 1), 0) == -EAGAIN:
+            if deadline == 0:
+                deadline = now_ns() + SECOND_NS
+            elif now_ns() > deadline:
+                break                       # the writer faults again, and it is tried again
+            sched_yield()
+        publish(r, b, n, DIRTY)
+    critical_leave(s)
+    return n
+
+
+cdef bint block_present(Region_t *r, uint64_t b) noexcept nogil:
+    """Whether all pages of a private block are in the page table. Of a shared one only CONTINUE can tell."""
+    cdef char *page = r.base + (b << r.shift)
+    cdef char *end = page + block_span(r, b)
+    if r.minor:
+        return False
+    while page < end:
+        if not page_present(page):
+            return False
+        page += PAGE
+    return True
+
+
+cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+    """A block that is CLEAN or DIRTY lacks pages: the program dropped them with madvise. They come back as the
+    provider has them; what was written to them is gone, as it is with a private mapping of a file."""
+    cdef uint64_t start = <uint64_t>(r.base + (b << r.shift))
+    cdef int err
+    if r.minor:
+        critical_enter(s)
+        err = place_run(r, OP_CONTINUE, start, 0, block_span(r, b),
+                        UF_CONTINUE_WP if r.protect and state == CLEAN else 0)
+        critical_leave(s)
+        if err >= 0:
+            return
+    if begin_run(s, r, b, 1, state == DIRTY, DEMAND, state):
+        count(s, r, C_REPAIRED, 1)
+        finish_run(s, r)
+    else:
+        uf_wake(r.fd, start, block_span(r, b))
+
+
+# ---- failure ------------------------------------------------------------------------------------------------------------
+
+cdef int fail_run(Slot *s, Region_t *r, int err) noexcept nogil:
+    """Gives up the blocks of the run that are still owned: poisoned for a touch, missing again for anybody else."""
+    cdef uint64_t b
+    critical_enter(s)
+    for b in range(s.first, s.first + s.count):
+        if owned(s, r, b):
+            fail_block(s, r, b, err, s.tries, 0)
+    critical_leave(s)
+    return err
+
+
+cdef void fail_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t tries, uint32_t flags) noexcept nogil:
+    cdef BlockError *note = &r.error[b & (ERRORS - 1)]
+    cdef uint32_t code = <uint32_t>-err
+    note.block = b
+    note.error = err
+    note.tries = tries
+    if r.minor:
+        fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <int64_t>(b << r.shift),
+                  <int64_t>block_span(r, b))                # half-filled pages must never be mapped
+    if (s.cause != DEMAND or u32_load(&r.closing)) and flags & DEAD == 0:
+        publish(r, b, 1, MISSING)
+        return
+    count(s, r, C_POISONED, 1)
+    poison_pages(r, b)
+    publish(r, b, 1, POISONED | flags | (code & OWNER_MASK) << OWNER_SHIFT)
+    uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
+
+
+cdef void poison_pages(Region_t *r, uint64_t b) noexcept nogil:
+    cdef char *start = r.base + (b << r.shift)
+    if r.poison:
+        place_run(r, OP_POISON, <uint64_t>start, 0, block_span(r, b), 0)
+    elif not r.is_inline:
+        say_poison(r, b)                    # no SIGBUS will come to say it: kernels before 6.6
+        mprotect(start, block_span(r, b), PROT_NONE)
+
+
+cdef void unpoison_pages(Region_t *r, uint64_t b) noexcept nogil:
+    cdef char *start = r.base + (b << r.shift)
+    if not r.poison and not r.is_inline:
+        mprotect(start, block_span(r, b), PROT_READ | PROT_WRITE if r.writable else PROT_READ)
+    madvise(start, block_span(r, b), MADV_DONTNEED)
+
+
+cdef void poison_block(Region_t *r, uint64_t b) noexcept nogil:
+    """Poison again, and let the fault go on to meet it."""
+    poison_pages(r, b)
+    uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
+
+
+cdef void describe_block(line *l, Region_t *r, uint64_t b) noexcept nogil:
+    line_text(l, b"uffd: region '")
+    line_text(l, r.name)
+    line_text(l, b"': block at offset ")
+    line_number(l, b << r.shift)
+    line_text(l, b" (")
+    line_number(l, run_bytes(r, b, 1))
+    line_text(l, b" bytes) ")
+
+
+cdef void say_poison(Region_t *r, uint64_t b) noexcept nogil:
+    """The last words before SIGBUS. Async-signal-safe."""
+    cdef line l
+    cdef uint32_t word = u32_load(&r.state[b])
+    l.n = 0
+    describe_block(&l, r, b)
+    line_text(&l, b"could not be filled from ")
+    line_text(&l, r.provider)
+    line_text(&l, b": ")
+    line_errno(&l, <int>((word >> OWNER_SHIFT) & OWNER_MASK))
+    line_text(&l, b" after ")
+    line_number(&l, tries_of(r, b))
+    line_text(&l, b" tries; this touch can't go on (populate() raises instead, and repairs the block)")
+    line_say(&l)
+
+
+cdef uint32_t tries_of(Region_t *r, uint64_t b) noexcept nogil:
+    if r.error[b & (ERRORS - 1)].block == b:
+        return r.error[b & (ERRORS - 1)].tries
+    return r.retries + 1                    # its note was overwritten by another block's
+
+
+cdef void say_own_region(Region_t *r, uint64_t b) noexcept nogil:
+    cdef line l
+    l.n = 0
+    describe_block(&l, r, b)
+    line_text(&l, b"was touched by its own fill function (")
+    line_text(&l, r.provider)
+    line_text(&l, b"): a provider must not touch the region it serves")
+    line_say(&l)

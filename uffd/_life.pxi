@@ -1,0 +1,725 @@
+# The life of engines and regions, the keeper, and what a forked child does.
+#
+# Uses:     everything before it
+# Provides: engine_make, engine_stop, region_make, region_shut, region_reap, enter_blocking/leave_blocking, and the
+#           hooks of worker_main; uffd_open (the ways to a userfaultfd)
+#
+# The keeper is one thread per engine that serves no faults. It ticks twice a second, faster while fills are under way:
+# tells the user about long waits, ends fills that hang, starts stand-ins when every worker is inside a slow fill, keeps
+# SIGBUS ours, and tears down what could not be torn down at once. Lock order: registry_lock, then job_lock.
+
+cdef enum:
+    TICK_IDLE_MS = 500
+    TICK_BUSY_MS = 10
+cdef uint64_t PATIENCE_NS = 2 * SECOND_NS      # of a wait before the user is told
+cdef uint64_t STALL_NS = 20000000           # all workers inside slow fills before another one is started
+
+cdef Engine_t *engines = NULL               # under registry_lock
+cdef int known_way = -1                     # how a userfaultfd is had here; -1: not tried yet
+cdef uint64_t known_features = 0
+cdef uint64_t masked_features = 0           # features that we must not use (the tests of the fall-backs set it)
+
+
+# ---- userfaultfd ----------------------------------------------------------------------------------------------------------
+
+cdef int uffd_discover() noexcept nogil:
+    """Finds the first way that works, going on after any error. 0, or the last way's -errno."""
+    global known_way, known_features
+    cdef int way, fd, err = -ENOSYS
+    cdef uint64_t features, ioctls = 0
+    for way in range(UF_WAYS):
+        fd = uf_open(way)
+        if fd < 0:
+            err = fd
+            continue
+        features = 0
+        err = uf_api(fd, &features, &ioctls)
+        close(fd)
+        if err == 0:
+            known_features = features
+            known_way = way
+            return 0
+    return err
+
+
+cdef inline bint has(uint64_t feature) noexcept nogil:
+    return (known_features & ~masked_features) & feature == feature
+
+
+cdef int region_listen(Region_t *r) noexcept nogil:
+    """Opens the region's uffd and registers its range. 0 or -errno."""
+    cdef uint64_t want = 0, ioctls = 0, mode = UF_REGISTER_MISSING
+    cdef int err
+    cdef uint64_t wp = UF_FEATURE_WP_HUGETLBFS_SHMEM if r.memfd >= 0 and not r.in_child else UF_FEATURE_WP
+    want |= UF_FEATURE_SIGBUS if r.is_inline else 0
+    want |= UF_FEATURE_THREAD_ID if not r.is_inline and has(UF_FEATURE_THREAD_ID) else 0
+    want |= UF_FEATURE_POISON if r.poison else 0
+    if r.protect:
+        want |= wp
+        mode |= UF_REGISTER_WP
+    if r.minor:
+        want |= UF_FEATURE_MINOR_SHMEM
+        mode |= UF_REGISTER_MINOR
+    if r.memfd >= 0 and not r.in_child:
+        want |= UF_FEATURE_MISSING_SHMEM
+    r.fd = uf_open(known_way)
+    if r.fd < 0:
+        return r.fd
+    err = uf_api(r.fd, &want, &ioctls)
+    if err == 0:
+        err = uf_register(r.fd, <uint64_t>r.base, r.span, mode, &ioctls)
+    if err != 0:
+        close(r.fd)
+        r.fd = -1
+    return err
+
+
+# ---- regions --------------------------------------------------------------------------------------------------------------
+
+cdef int region_make(Region_t *r) noexcept nogil:
+    """Maps, registers and publishes a region whose constant fields are set. 0 or -errno, and then nothing is left."""
+    cdef int err = region_map(r)
+    cdef Engine_t *e = r.engine
+    if err == 0:
+        err = region_listen(r)
+    if err == 0:
+        pthread_mutex_lock(&registry_lock)
+        err = registry_add(r)
+        if err == 0:
+            e.regions += 1
+        pthread_mutex_unlock(&registry_lock)
+        if err == 0 and not r.is_inline:
+            err = epoll_watch(e.faults_fd, r.fd, r.id)
+            if err != 0:
+                region_shut(r, SECOND_NS)
+                return err
+    if err != 0:
+        region_unmap(r)
+        return err
+    bus_ensure()
+    eventfd_raise(e.keeper_fd)
+    return 0
+
+
+cdef int region_map(Region_t *r) noexcept nogil:
+    cdef int protection = PROT_READ | PROT_WRITE if r.writable else PROT_READ
+    cdef bint shared = r.memfd >= 0
+    r.state = <uint32_t *>map_lazy(page_round(r.blocks * 4), PROT_READ | PROT_WRITE, -1)
+    r.counters = <Counters *>map_lazy(page_round(STRIPES * sizeof(Counters)), PROT_READ | PROT_WRITE, -1)
+    if r.state == NULL or r.counters == NULL:
+        return -ENOMEM
+    if shared:
+        if ftruncate(r.memfd, <int64_t>r.span) != 0:
+            return -errno
+        r.alias = map_lazy(r.span, PROT_READ | PROT_WRITE, r.memfd)
+        if r.alias == NULL:
+            return -ENOMEM
+    r.base = map_lazy(r.span, protection, r.memfd)
+    if r.base == NULL:
+        return -ENOMEM
+    if page_present(r.base) and not shared:
+        return -EBUSY                       # somebody populates all new memory, in spite of map_lazy
+    return 0
+
+
+cdef void region_unmap(Region_t *r) noexcept nogil:
+    """Who still waits in a fault there gets SIGSEGV: the range turns inaccessible before the uffd lets them go."""
+    if r.base != NULL:
+        map_forbid(r.base, r.span)
+    if r.fd >= 0:
+        close(r.fd)
+    if r.base != NULL:
+        munmap(r.base, r.span)
+    if r.stuck == 0 and r.alias != NULL:
+        munmap(r.alias, r.span)             # else a fill that hangs may still write there: it stays for ever
+    if r.memfd >= 0:
+        close(r.memfd)
+    if r.stuck == 0:
+        munmap(r.state, page_round(r.blocks * 4))
+        munmap(r.counters, page_round(STRIPES * sizeof(Counters)))
+    r.fd = -1
+    r.memfd = -1
+    r.base = NULL
+
+
+cdef int region_shut(Region_t *r, uint64_t patience_ns) noexcept nogil:
+    """Takes a region out of service and tears it down as soon as nobody has it in hand.
+
+    0: gone. 1: somebody had it for longer than patience_ns; the keeper goes on, and sets r.gone.
+    """
+    cdef Engine_t *e = r.engine
+    cdef uint64_t deadline = now_ns() + patience_ns
+    cdef uint32_t refs
+    cdef bint last = False
+    u32_store_seq(&r.closing, 1)
+    futex_wake_all(&r.closing)
+    jobs_cancel(e, r.id)
+    if not r.is_inline:
+        epoll_ctl(e.faults_fd, EPOLL_CTL_DEL, r.fd, NULL)
+    pthread_mutex_lock(&registry_lock)
+    registry_remove(r)
+    pthread_mutex_unlock(&registry_lock)
+    while True:
+        refs = u32_load(&r.refs)
+        if refs <= u32_load(&r.stuck) or now_ns() >= deadline:
+            break
+        futex_wait(&r.refs, refs, 20000000)
+    pthread_mutex_lock(&registry_lock)
+    if u32_load(&r.refs) <= u32_load(&r.stuck):
+        region_reap(r)
+        last = True
+    else:
+        r.next_dying = e.dying
+        e.dying = r
+    pthread_mutex_unlock(&registry_lock)
+    if not last:
+        eventfd_raise(e.keeper_fd)
+    return 0 if last else 1
+
+
+cdef void region_reap(Region_t *r) noexcept nogil:
+    """The end of a region that nobody has in hand. Under registry_lock."""
+    cdef Engine_t *e = r.engine
+    cdef int i, k
+    while snapshot_replace(NULL, r) != 0:
+        sched_yield()                       # out of memory for the table; it is a matter of time
+    while u32_load(&r.refs) > u32_load(&r.stuck):
+        sched_yield()                       # a SIGBUS handler that found it by address a moment ago
+    for i in range(STREAMS):
+        stream_end(&e.slots[KEEPER_SLOT], r, &r.stream[i])
+    for i in range(STRIPES):
+        for k in range(COUNTERS):
+            e.closed.n[k] += r.counters[i].n[k]
+        for k in range(STAGES * BUCKETS):
+            (<uint64_t *>e.closed.stage)[k] += (<uint64_t *>r.counters[i].stage)[k]
+    region_unmap(r)
+    e.regions -= 1
+    u32_store(&r.gone, 1)
+
+
+cdef void jobs_cancel(Engine_t *e, uint64_t region_id) noexcept nogil:
+    cdef Job_t *j
+    cdef Job_t *following
+    pthread_mutex_lock(&e.job_lock)
+    j = e.jobs
+    while j != NULL:
+        following = j.next
+        if j.region_id == region_id:
+            u32_store(&j.cancelled, 1)
+            job_unqueue(e, j)
+        j = following
+    pthread_mutex_unlock(&e.job_lock)
+
+
+# ---- engines --------------------------------------------------------------------------------------------------------------
+
+cdef int engine_make(Engine_t **out, uint32_t workers) noexcept nogil:
+    """An engine with its threads running. 0 or -errno."""
+    global engines
+    cdef Engine_t *e = <Engine_t *>calloc(1, sizeof(Engine_t))
+    cdef uint32_t i
+    cdef int err
+    if e == NULL:
+        return -ENOMEM
+    e.workers = workers
+    e.faults_fd = -1
+    e.keeper_fd = -1
+    pthread_mutex_init(&e.job_lock, NULL)
+    e.slots = <Slot *>map_lazy(page_round(MAX_SLOTS * sizeof(Slot)), PROT_READ | PROT_WRITE, -1)
+    e.demand = <Ring *>map_lazy(page_round(2 * sizeof(Ring)), PROT_READ | PROT_WRITE, -1)
+    e.closed = <Counters *>calloc(1, sizeof(Counters))
+    if e.slots == NULL or e.demand == NULL or e.closed == NULL:
+        engine_free(e)
+        return -ENOMEM
+    e.ahead = &e.demand[1]
+    for i in range(<uint32_t>MAX_SLOTS):
+        e.slots[i].engine = e
+        e.slots[i].index = i
+        e.slots[i].epoll_fd = -1
+        e.slots[i].wake_fd = -1
+        if i >= MAX_WORKERS:
+            e.slots[i].kind = SLOT_INLINE
+    err = engine_start(e)
+    if err != 0:
+        engine_stop(e)
+        return err
+    pthread_mutex_lock(&registry_lock)
+    e.next = engines
+    engines = e
+    pthread_mutex_unlock(&registry_lock)
+    out[0] = e
+    return 0
+
+
+cdef int engine_start(Engine_t *e) noexcept nogil:
+    """Opens the descriptors and starts the threads; also in a forked child. 0 or -errno."""
+    cdef int cpus[1024]
+    cdef int n = cpus_allowed(cpus, 1024), err
+    cdef uint32_t i
+    ring_init(e.demand)
+    ring_init(e.ahead)
+    e.inline_free = (<uint64_t>1 << INLINE_SLOTS) - 1
+    e.follow = e.workers > 4
+    e.faults_fd = epoll_create1(EPOLL_CLOEXEC)
+    e.keeper_fd = sys_eventfd()
+    if e.faults_fd < 0 or e.keeper_fd < 0:
+        return -errno
+    for i in range(<uint32_t>MAX_WORKERS, <uint32_t>MAX_SLOTS):
+        err = slot_buffer(&e.slots[i])
+        if err != 0:
+            return err
+    for i in range(e.workers):
+        err = worker_start(e, &e.slots[i], cpus[i * n / e.workers] if n and e.workers <= <uint32_t>n else -1)
+        if err != 0:
+            return err
+    err = thread_spawn(&keeper_main, e, b"uffd-keeper", -1)
+    if err == 0:
+        u32_store(&e.keepers, 1)
+    return err
+
+
+cdef int thread_spawn(void *(*run)(void *) noexcept nogil, void *argument, const char *name, int cpu) noexcept nogil:
+    cdef pthread_t thread = 0
+    cdef int err = thread_start(&thread, run, argument, name, cpu)
+    if err == 0:
+        pthread_detach(thread)              # nobody joins: who stops an engine waits for `alive`
+    return err
+
+
+cdef int slot_buffer(Slot *s) noexcept nogil:
+    if s.staging == NULL:
+        s.staging = map_lazy(MAX_BLOCK_BYTES, PROT_READ | PROT_WRITE, -1)
+    return -ENOMEM if s.staging == NULL else 0
+
+
+cdef int worker_start(Engine_t *e, Slot *s, int cpu) noexcept nogil:
+    """Gives a slot its buffer, descriptors and thread. 0 or -errno."""
+    cdef int err = slot_buffer(s)
+    if err != 0:
+        return err
+    memset(s.staging, 0, RUN_BYTES)         # touched now, so that a fill need not wait for memory
+    s.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+    s.wake_fd = sys_eventfd()
+    s.cpu = cpu
+    s.armed = 1
+    s.kind = SLOT_WORKER
+    err = -errno if s.epoll_fd < 0 or s.wake_fd < 0 else 0
+    if err == 0:
+        err = epoll_watch(s.epoll_fd, s.wake_fd, EVENT_WAKE)
+    if err == 0:
+        err = epoll_watch(s.epoll_fd, e.faults_fd, EVENT_FAULTS)
+    if err == 0:
+        u32_add(&e.alive, 1)
+        err = thread_spawn(&worker_main, s, b"uffd-worker", cpu)
+        if err != 0:
+            u32_sub(&e.alive, 1)
+    if err != 0:
+        worker_ends(s)
+    return err
+
+
+cdef void worker_ends(Slot *s) noexcept nogil:
+    """The slot's descriptors go; its buffer stays for the next one."""
+    if s.epoll_fd >= 0:
+        close(s.epoll_fd)
+    if s.wake_fd >= 0:
+        close(s.wake_fd)
+    s.epoll_fd = -1
+    s.wake_fd = -1
+    s.since_ns = 0
+    s.phase = IDLE
+    s.job = NULL
+    s.tid = 0
+    if u32_swap(&s.kind, SLOT_FREE) == SLOT_RETIRED:
+        u32_add(&s.engine.alive, 1)         # it was counted out when it was given up
+
+
+cdef void worker_leaves(Engine_t *e) noexcept nogil:
+    u32_sub(&e.alive, 1)
+    futex_wake_all(&e.alive)                # an address only: the engine may be gone by now
+
+
+cdef bint stand_in_leaves(Engine_t *e) noexcept nogil:
+    """Whether an extra worker may end: there are enough without it, and not all of them are busy."""
+    cdef uint32_t alive = u32_load(&e.alive)
+    while alive > e.workers and u32_load(&e.busy) + 1 < alive:
+        if u32_cas(&e.alive, alive, alive - 1):
+            return True
+        alive = u32_load(&e.alive)
+    return False
+
+
+cdef bint engine_stop(Engine_t *e) noexcept nogil:
+    """Ends the threads and frees the engine; it has no regions any more. False: a stuck worker keeps its memory."""
+    cdef Engine_t **at = &engines
+    cdef uint32_t i, alive
+    cdef uint64_t deadline = now_ns() + 10 * SECOND_NS
+    cdef bint stuck = False
+    pthread_mutex_lock(&registry_lock)
+    while at[0] != NULL and at[0] != e:
+        at = &at[0].next
+    if at[0] == e:
+        at[0] = e.next
+    pthread_mutex_unlock(&registry_lock)
+    u32_store_seq(&e.stopping, 1)
+    if e.keeper_fd >= 0:
+        eventfd_raise(e.keeper_fd)
+    while now_ns() < deadline:
+        for i in range(<uint32_t>MAX_WORKERS):
+            if e.slots[i].kind == SLOT_WORKER and e.slots[i].wake_fd >= 0:
+                eventfd_raise(e.slots[i].wake_fd)
+        alive = u32_load(&e.alive)
+        if alive == 0 and u32_load(&e.keepers) == 0:
+            break
+        futex_wait(&e.alive if alive else &e.keepers, alive if alive else 1, 10000000)
+    for i in range(<uint32_t>MAX_WORKERS):
+        stuck = stuck or e.slots[i].kind != SLOT_FREE
+    if stuck or u32_load(&e.alive) or u32_load(&e.keepers):
+        return False
+    engine_free(e)
+    return True
+
+
+cdef void engine_free(Engine_t *e) noexcept nogil:
+    cdef uint32_t i
+    if e.slots != NULL:
+        for i in range(<uint32_t>MAX_SLOTS):
+            if e.slots[i].staging != NULL:
+                munmap(e.slots[i].staging, MAX_BLOCK_BYTES)
+        munmap(e.slots, page_round(MAX_SLOTS * sizeof(Slot)))
+    if e.demand != NULL:
+        munmap(e.demand, page_round(2 * sizeof(Ring)))
+    if e.faults_fd >= 0:
+        close(e.faults_fd)
+    if e.keeper_fd >= 0:
+        close(e.keeper_fd)
+    free(e.closed)
+    free(e)
+
+
+# ---- the keeper -----------------------------------------------------------------------------------------------------------
+
+cdef void enter_blocking(Slot *s) noexcept nogil:
+    """A worker goes into a fill that can take long. The last free one calls the keeper to look often."""
+    cdef Engine_t *e = s.engine
+    if s.kind == SLOT_WORKER and u32_add(&e.busy, 1) + 1 >= u32_load(&e.alive):
+        if u32_cas(&e.keeper_alert, 0, 1):
+            eventfd_raise(e.keeper_fd)
+
+
+cdef void leave_blocking(Slot *s) noexcept nogil:
+    if u32_load(&s.kind) == SLOT_WORKER:
+        u32_sub(&s.engine.busy, 1)          # for a retired one the keeper did it
+
+
+cdef void *keeper_main(void *argument) noexcept nogil:
+    cdef Engine_t *e = <Engine_t *>argument
+    cdef pollfd wake
+    cdef int timeout_ms = TICK_BUSY_MS
+    cdef bint said = False
+    wake.fd = e.keeper_fd
+    wake.events = <short>POLLIN
+    while not u32_load(&e.stopping):
+        poll(&wake, 1, timeout_ms)
+        eventfd_clear(e.keeper_fd)
+        if e.regions and bus_ensure() and not said:
+            say_taken()
+            said = True
+        timeout_ms = keeper_tick(e)
+    u32_store(&e.keepers, 0)
+    futex_wake_all(&e.keepers)
+    return NULL
+
+
+cdef int keeper_tick(Engine_t *e) noexcept nogil:
+    """One look at everything; the milliseconds until the next."""
+    cdef uint64_t now = now_ns()
+    cdef uint32_t i
+    cdef bint busy = False, waiting = False
+    cdef Slot *s
+    for i in range(<uint32_t>KEEPER_SLOT):
+        s = &e.slots[i]
+        if u64_load(&s.since_ns) != 0 and u32_load(&s.kind) != SLOT_RETIRED:
+            busy = True
+            waiting = keeper_look(e, s, now) or waiting
+    if waiting:
+        int_arm()
+    else:
+        int_disarm()
+    thread_take_int(waiting)
+    u32_store(&e.keeper_alert, 0)
+    if u32_load(&e.busy) < u32_load(&e.alive) or u32_load(&e.alive) >= MAX_WORKERS:
+        e.stalled_ns = 0
+    elif e.stalled_ns == 0:
+        e.stalled_ns = now
+    elif now - e.stalled_ns > STALL_NS:
+        stand_in_start(e)
+    if e.dying != NULL:
+        busy = True
+        keeper_reap(e)
+    if busy or e.stalled_ns:
+        return TICK_BUSY_MS
+    return TICK_IDLE_MS if e.regions else -1
+
+
+cdef void stand_in_start(Engine_t *e) noexcept nogil:
+    """Every worker is inside a slow fill: one more thread reads the faults. It ends when it is not needed."""
+    cdef uint32_t i
+    for i in range(e.workers, <uint32_t>MAX_WORKERS):
+        if u32_load(&e.slots[i].kind) == SLOT_FREE:
+            worker_start(e, &e.slots[i], -1)    # no thread to be had: tried again at the next tick
+            break
+    e.stalled_ns = 0
+
+
+cdef bint keeper_look(Engine_t *e, Slot *s, uint64_t now) noexcept nogil:
+    """At a fill under way: tells the user when it takes long, ends it when it takes too long. Whether it is long."""
+    cdef uint64_t since = u64_load(&s.since_ns), age
+    cdef Region_t *r
+    if since == 0 or now < since + PATIENCE_NS and s.kind == SLOT_INLINE:
+        return False
+    age = now - since if now > since else 0
+    r = region_acquire(s.region_id)
+    if r == NULL:
+        return False
+    if age > PATIENCE_NS and (s.said_ns == 0 or now - s.said_ns > 30 * SECOND_NS):
+        s.said_ns = now
+        say_waiting(s, r, age)
+    if s.kind == SLOT_WORKER and age > r.timeout_ns + 50000000 and not (s.cause == DEMAND and r.wait_for_ever):
+        keeper_time_out(e, s, r, since)
+    region_release(r)
+    return age > PATIENCE_NS
+
+
+cdef void keeper_time_out(Engine_t *e, Slot *s, Region_t *r, uint64_t since) noexcept nogil:
+    """The fill hangs. Its blocks fail, its thread and buffer are given up for ever, and another takes its place."""
+    cdef Slot *me = &e.slots[KEEPER_SLOT]
+    cdef uint64_t b
+    critical_enter(me)
+    if u64_load(&s.since_ns) != since or s.region_id != r.id or not u32_cas(&s.phase, BUSY, TIMED_OUT):
+        critical_leave(me)
+        return                              # it has just come back
+    u32_add(&r.stuck, 1)
+    for b in range(s.first, s.first + s.count):
+        if owned(s, r, b):
+            fail_block(s, r, b, -ETIMEDOUT, s.tries + 1, DEAD if r.minor else 0)
+    critical_leave(me)
+    if s.job != NULL:
+        job_fail(e, s.job, -ETIMEDOUT, s.first, s.tries + 1)
+        job_piece_done(e, s.job)
+    u32_store(&s.kind, SLOT_RETIRED)
+    u32_sub(&e.busy, 1)
+    u32_sub(&e.alive, 1)
+    stand_in_start(e)
+
+
+cdef void keeper_reap(Engine_t *e) noexcept nogil:
+    cdef Region_t **at = &e.dying
+    cdef Region_t *r
+    cdef bint reaped = False
+    pthread_mutex_lock(&registry_lock)
+    while at[0] != NULL:
+        r = at[0]
+        if u32_load(&r.refs) <= u32_load(&r.stuck):
+            at[0] = r.next_dying
+            region_reap(r)
+            reaped = True
+        else:
+            at = &r.next_dying
+    pthread_mutex_unlock(&registry_lock)
+    if reaped:
+        Py_AddPendingCall(&_sweep_pending, NULL)    # refused when its queue is full: the next API call sweeps too
+
+
+cdef void say_waiting(Slot *s, Region_t *r, uint64_t age_ns) noexcept nogil:
+    cdef line l
+    l.n = 0
+    describe_block(&l, r, s.first)
+    line_text(&l, b"waited for since ")
+    line_number(&l, age_ns / SECOND_NS)
+    line_text(&l, b" s, from ")
+    line_text(&l, r.provider)
+    if s.tries:
+        line_text(&l, b", try ")
+        line_number(&l, s.tries + 1)
+        line_text(&l, b", last: ")
+        line_errno(&l, -s.last_error)
+    line_text(&l, b" (Ctrl-C twice gives up)")
+    line_say(&l)
+
+
+cdef void say_taken() noexcept nogil:
+    cdef line l
+    l.n = 0
+    line_text(&l, b"uffd: somebody installed a SIGBUS handler; uffd put its own back in front of it and passes on what is "
+                  b"not its own")
+    line_say(&l)
+
+
+# ---- fork -----------------------------------------------------------------------------------------------------------------
+
+cdef void fork_prepare() noexcept nogil:
+    """Nobody changes a block's state while the kernel copies the process, page after page."""
+    cdef Engine_t *e
+    pthread_mutex_lock(&registry_lock)
+    u32_store_seq(&fork_gate, 1)
+    e = engines
+    while e != NULL:
+        pthread_mutex_lock(&e.job_lock)
+        settle(e)
+        e = e.next
+
+
+cdef void fork_parent() noexcept nogil:
+    cdef Engine_t *e = engines
+    u32_store_seq(&fork_gate, 0)
+    futex_wake_all(&fork_gate)
+    while e != NULL:
+        pthread_mutex_unlock(&e.job_lock)
+        e = e.next
+    pthread_mutex_unlock(&registry_lock)
+
+
+cdef void fork_child() noexcept nogil:
+    """The child has this one thread and none of ours. It opens uffds of its own over the same ranges and starts its
+    own workers, before it can touch anything: it serves itself."""
+    cdef Engine_t *e = engines
+    cdef uint64_t i
+    u32_store_seq(&fork_gate, 0)
+    pthread_mutex_init(&registry_lock, NULL)
+    memset(stripe, 0, sizeof(stripe))
+    while e != NULL:
+        child_engine(e)
+        e = e.next
+    if snapshot != NULL:
+        for i in range(snapshot.n):
+            child_region(snapshot.entry[i].region)
+
+
+cdef void child_engine(Engine_t *e) noexcept nogil:
+    cdef uint32_t i
+    cdef Slot *s
+    cdef Job_t *j
+    pthread_mutex_init(&e.job_lock, NULL)
+    for i in range(<uint32_t>MAX_SLOTS):
+        s = &e.slots[i]
+        child_slot(s)
+    close(e.faults_fd)
+    close(e.keeper_fd)
+    while e.jobs != NULL:
+        j = e.jobs
+        e.jobs = j.next
+        j.queued = 0
+        j.outstanding = 0
+        u32_store(&j.cancelled, 1)
+        job_finish(j)
+    e.jobs_waiting = 0
+    e.idle[0] = 0
+    e.idle[1] = 0
+    e.busy = 0
+    e.alive = 0
+    e.keepers = 0
+    e.dying = NULL
+    e.stalled_ns = 0
+    e.placing = 0
+    if engine_start(e) != 0:
+        say_child(b"a forked child could not start its workers; it will not get past a missing page")
+
+
+cdef void child_slot(Slot *s) noexcept nogil:
+    """What the parent's thread had in hand at the fork is missing here."""
+    cdef uint64_t b
+    cdef Region_t *r = <Region_t *>table[s.region_id & (MAX_REGIONS - 1)]
+    if s.since_ns != 0 and r != NULL and r.id == s.region_id:
+        for b in range(s.first, s.first + s.count):
+            if owned(s, r, b):
+                r.state[b] = MISSING | (r.state[b] & FROM_PARENT)
+    if s.epoll_fd >= 0:
+        close(s.epoll_fd)
+        close(s.wake_fd)
+    s.epoll_fd = -1
+    s.wake_fd = -1
+    s.critical = 0
+    s.phase = IDLE
+    s.since_ns = 0
+    s.job = NULL
+    s.tid = 0
+    if s.kind != SLOT_INLINE:
+        s.kind = SLOT_FREE
+
+
+cdef void child_region(Region_t *r) noexcept nogil:
+    cdef int err = 0
+    r.refs = 0
+    r.stuck = 0
+    r.ahead_lock = 0
+    if r.fd >= 0:
+        close(r.fd)                         # the parent still has it: nobody is woken by this
+    if r.memfd >= 0 and not r.in_child:
+        err = child_make_private(r)
+    if err == 0:
+        err = region_listen(r)
+    if err == 0 and not r.is_inline:
+        err = epoll_watch(r.engine.faults_fd, r.fd, r.id)
+    if err == 0 and r.protect:
+        child_protect(r)
+    if err != 0:
+        map_forbid(r.base, r.span)          # a signal, and no zeros
+        say_child(b"a forked child could not take a region over; it will die if it touches it")
+
+
+cdef int child_make_private(Region_t *r) noexcept nogil:
+    """Shared backing: parent and child must not both fill the same page, so the child gets private memory. What was
+    clean comes from the provider again, what the parent had written comes from its pages, as of the child's first
+    touch."""
+    cdef uint64_t b = 0, last = 0
+    cdef uint32_t state
+    cdef int protection = PROT_READ | PROT_WRITE if r.writable else PROT_READ
+    if mmap(r.base, r.span, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED:
+        return -errno
+    madvise(r.base, r.span, 15)             # MADV_NOHUGEPAGE
+    r.in_child = 1
+    r.minor = False
+    r.protect = r.writable and has(UF_FEATURE_WP)
+    while next_known(r, &b, &last):
+        while b < last:
+            state = r.state[b] & STATE_MASK
+            r.state[b] = MISSING | (FROM_PARENT if state == DIRTY or state == UNPROTECTING else 0)
+            b += 1
+    return 0
+
+
+cdef void child_protect(Region_t *r) noexcept nogil:
+    """fork() dropped the write protection: the child's clean blocks get it back, so that its dirty ones are known."""
+    cdef uint64_t b = 0, last = 0, first
+    while next_known(r, &b, &last):
+        while b < last:
+            first = b
+            while b < last and r.state[b] & STATE_MASK == CLEAN:
+                b += 1
+            if b > first:
+                uf_writeprotect(r.fd, <uint64_t>(r.base + (first << r.shift)),
+                                ((b - 1 - first) << r.shift) + block_span(r, b - 1), UF_WRITEPROTECT_WP)
+            else:
+                b += 1
+
+
+cdef bint next_known(Region_t *r, uint64_t *first, uint64_t *end) noexcept nogil:
+    """The next blocks from *first on whose state words were ever touched: [*first, *end), one page of words."""
+    cdef uint64_t per_page = PAGE / 4
+    while first[0] < r.blocks:
+        end[0] = (first[0] / per_page + 1) * per_page
+        if end[0] > r.blocks:
+            end[0] = r.blocks
+        if page_present(<char *>r.state + first[0] / per_page * PAGE):
+            return True
+        first[0] = end[0]
+    return False
+
+
+cdef void say_child(const char *text) noexcept nogil:
+    cdef line l
+    l.n = 0
+    line_text(&l, b"uffd: ")
+    line_text(&l, text)
+    line_say(&l)

@@ -1,0 +1,214 @@
+# Native providers: where the bytes of a block come from. Called by workers, or in the SIGBUS handler, never by Python.
+#
+# Uses:     _blosc2.h; the Fill of _core.pyx
+# Provides: Filler (what a Region is given), with one constructor per kind
+
+from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
+
+cdef extern from *:
+    """
+    #define UFFD_PREAD_DIRECT_ALIGN(n, page) ((n) & ~((uint64_t)(page) - 1))
+    """
+    uint64_t align_down "UFFD_PREAD_DIRECT_ALIGN"(uint64_t n, uint64_t page) nogil
+
+cdef extern from "Python.h":
+    void *PyCapsule_GetPointer(object capsule, const char *name) except NULL
+    const char *PyCapsule_GetName(object capsule) except? NULL
+    void *PyCapsule_GetContext(object capsule) except? NULL
+    int Py_AddPendingCall(int (*call)(void *) noexcept, void *argument) noexcept nogil
+
+cdef extern from "_blosc2.h" nogil:
+    struct uffd_b2:
+        pass
+    struct uffd_b2_info:
+        uint64_t nbytes
+        uint64_t chunks
+        uint64_t chunk_bytes
+        uint64_t block_bytes
+        int32_t typesize
+        int32_t ndim
+        int64_t shape[16]
+        bint linear
+    int uffd_b2_load(const char *library_path) noexcept
+    const char *uffd_b2_version() noexcept
+    int uffd_b2_open(uffd_b2 **out, const char *path, uint64_t offset, uint32_t slots, uffd_b2_info *info) noexcept
+    int uffd_b2_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
+    void uffd_b2_close(uffd_b2 *self) noexcept
+
+cdef struct FileSource:
+    int fd
+    uint64_t offset             # of the region's byte 0 in the file
+    char *bounce[MAX_SLOTS]     # O_DIRECT: aligned buffers, one per slot, mapped at its first fill
+
+cdef struct NativeSource:
+    uffd_fill_fn function
+    void *user_data
+
+
+cdef int file_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil:
+    """pread until all is there. A file that ends early is an error (ENODATA), whatever it was before."""
+    cdef FileSource *f = <FileSource *>self
+    cdef size_t at = 0
+    cdef int64_t n
+    while at < nbytes:
+        n = pread(f.fd, <char *>block + at, nbytes - at, <int64_t>(f.offset + offset + at))
+        if n > 0:
+            at += <size_t>n
+        elif n == 0:
+            return -ENODATA
+        elif errno != EINTR:
+            return -errno
+    return 0
+
+
+cdef int file_fill_direct(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil:
+    """The same past the page cache: the aligned range around the wanted bytes, through an aligned buffer."""
+    cdef FileSource *f = <FileSource *>self
+    cdef uint64_t start = align_down(f.offset + offset, PAGE)
+    cdef uint64_t lead = f.offset + offset - start, want = page_round(lead + nbytes), at = 0
+    cdef int64_t n
+    if f.bounce[slot] == NULL:
+        f.bounce[slot] = map_lazy(MAX_BLOCK_BYTES + 2 * PAGE, PROT_READ | PROT_WRITE, -1)
+        if f.bounce[slot] == NULL:
+            return -ENOMEM
+    while at < lead + nbytes:
+        n = pread(f.fd, f.bounce[slot] + at, want - at, <int64_t>(start + at))
+        if n > 0:
+            at += <uint64_t>n
+            if at < lead + nbytes and at & (PAGE - 1):
+                return -ENODATA             # only the end of the file leaves an unaligned rest
+        elif n == 0:
+            return -ENODATA
+        elif errno != EINTR:
+            return -errno
+    memcpy(block, f.bounce[slot] + lead, nbytes)
+    return 0
+
+
+cdef int native_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil:
+    cdef NativeSource *n = <NativeSource *>self
+    return n.function(n.user_data, offset, block, nbytes)
+
+
+cdef class Filler:
+    """A native provider as the core sees it. Immutable; kept alive by the regions that use it."""
+    cdef Fill fill
+    cdef FileSource file
+    cdef NativeSource native
+    cdef uffd_b2 *frame
+    cdef Py_buffer view
+    cdef bint has_view
+    cdef object keep
+    cdef readonly object nbytes
+    cdef readonly str kind
+    cdef readonly object info
+
+    def __cinit__(self):
+        self.file.fd = -1
+
+    def __dealloc__(self):
+        cdef int i
+        if self.has_view:
+            PyBuffer_Release(&self.view)
+        if self.file.fd >= 0:
+            close(self.file.fd)
+        for i in range(MAX_SLOTS):
+            if self.file.bounce[i] != NULL:
+                munmap(self.file.bounce[i], MAX_BLOCK_BYTES + 2 * PAGE)
+        if self.frame != NULL:
+            uffd_b2_close(self.frame)
+
+    @staticmethod
+    def zero():
+        cdef Filler f = Filler()
+        f.kind = "zero"
+        f.fill.kind = FILL_ZERO
+        f.fill.inline_safe = True
+        return f
+
+    @staticmethod
+    def memory(buffer):
+        """Over the bytes of a contiguous buffer, in the order in which they lie in memory. It stays exported."""
+        cdef Filler f = Filler()
+        PyObject_GetBuffer(buffer, &f.view, PyBUF_ANY_CONTIGUOUS)
+        f.has_view = True
+        f.kind = "memory"
+        f.nbytes = f.view.len
+        f.fill.kind = FILL_DIRECT
+        f.fill.direct = <const char *>f.view.buf
+        f.fill.inline_safe = True
+        return f
+
+    @staticmethod
+    def open_file(int fd, uint64_t offset, nbytes, bint direct):
+        """Takes the descriptor over."""
+        cdef Filler f = Filler()
+        f.kind = "file"
+        f.nbytes = nbytes
+        f.file.fd = fd
+        f.file.offset = offset
+        f.fill.kind = FILL_CALL
+        f.fill.call = &file_fill_direct if direct else &file_fill
+        f.fill.self = &f.file
+        f.fill.inline_safe = True
+        f.fill.may_block = True
+        return f
+
+    @staticmethod
+    def blosc2(bytes library, bytes path, uint64_t offset):
+        """A contiguous Blosc2 frame at a byte of a file. OSError with the errno of _blosc2.h."""
+        cdef Filler f = Filler()
+        cdef uffd_b2_info info
+        cdef int err = uffd_b2_load(library)
+        if err != 0:
+            raise _os_error(err, f"the Blosc2 library {library!r} can't be used")
+        err = uffd_b2_open(&f.frame, path, offset, MAX_SLOTS, &info)
+        if err != 0:
+            raise _os_error(err, f"no readable Blosc2 frame at byte {offset} of {path!r}")
+        f.kind = "blosc2"
+        f.nbytes = info.nbytes
+        f.info = {"chunk_bytes": info.chunk_bytes, "block_bytes": info.block_bytes, "typesize": info.typesize,
+                  "chunks": info.chunks, "linear": bool(info.linear),
+                  "shape": tuple([info.shape[i] for i in range(info.ndim)]),
+                  "library_version": uffd_b2_version().decode()}
+        f.fill.kind = FILL_CALL
+        f.fill.call = &uffd_b2_fill
+        f.fill.self = f.frame
+        f.fill.may_block = True             # the codec allocates: not for a signal handler
+        return f
+
+    @staticmethod
+    def native_pointer(function, user_data, bint inline_safe, keep):
+        """Of two addresses; `keep` holds what they belong to."""
+        cdef Filler f = Filler()
+        f.kind = "native"
+        f.keep = keep
+        f.native.function = <uffd_fill_fn><uintptr_t>function
+        f.native.user_data = <void *><uintptr_t>user_data
+        f.fill.kind = FILL_CALL
+        f.fill.call = &native_fill
+        f.fill.self = &f.native
+        f.fill.inline_safe = inline_safe
+        f.fill.may_block = True
+        return f
+
+    @property
+    def span(self):
+        """(first address, end) of the memory it reads, or None."""
+        cdef uint64_t start = <uint64_t>self.fill.direct
+        return (start, start + <uint64_t>self.nbytes) if self.fill.kind == FILL_DIRECT else None
+
+
+def capsule_address(capsule):
+    """(pointer, context pointer or 0) of a PyCapsule, whatever its name."""
+    cdef void *context = PyCapsule_GetContext(capsule)
+    return <uintptr_t>PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)), <uintptr_t>context
+
+
+def buffer_address(buffer):
+    """The address of a buffer's first byte; the caller keeps the buffer alive."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(buffer, &view, PyBUF_ANY_CONTIGUOUS)
+    address = <uintptr_t>view.buf
+    PyBuffer_Release(&view)
+    return address

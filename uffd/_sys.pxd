@@ -1,0 +1,128 @@
+# What the core sees of _sys.h and _sigbus.h. Declarations only; the meaning of each is said there.
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "_sys.h" nogil:
+    enum:
+        UF_USER_MODE_ONLY
+        UF_FEATURE_WP, UF_FEATURE_EVENT_FORK, UF_FEATURE_EVENT_REMAP, UF_FEATURE_EVENT_REMOVE
+        UF_FEATURE_MISSING_HUGETLBFS, UF_FEATURE_MISSING_SHMEM, UF_FEATURE_EVENT_UNMAP, UF_FEATURE_SIGBUS
+        UF_FEATURE_THREAD_ID, UF_FEATURE_MINOR_HUGETLBFS, UF_FEATURE_MINOR_SHMEM, UF_FEATURE_EXACT_ADDRESS
+        UF_FEATURE_WP_HUGETLBFS_SHMEM, UF_FEATURE_WP_UNPOPULATED, UF_FEATURE_POISON, UF_FEATURE_WP_ASYNC
+        UF_FEATURE_MOVE
+        UF_REGISTER_MISSING, UF_REGISTER_WP, UF_REGISTER_MINOR
+        UF_COPY_WP, UF_CONTINUE_WP, UF_WRITEPROTECT_WP
+        UF_EVENT_PAGEFAULT
+        UF_FLAG_WRITE, UF_FLAG_WP, UF_FLAG_MINOR
+        UF_WAY_DEVICE, UF_WAY_SYSCALL, UF_WAY_USER, UF_WAYS
+    unsigned long UF_IOC_API, UF_IOC_REGISTER, UF_IOC_UNREGISTER, UF_IOC_WAKE, UF_IOC_COPY, UF_IOC_ZEROPAGE
+    unsigned long UF_IOC_WRITEPROTECT, UF_IOC_CONTINUE, UF_IOC_POISON, UF_IOC_NEW
+
+    ctypedef unsigned long pthread_t
+    struct uf_msg:
+        uint8_t event
+        uint64_t flags
+        uint64_t address
+        uint32_t ptid
+
+    uint32_t u32_load(const uint32_t *p) noexcept
+    void u32_store(uint32_t *p, uint32_t v) noexcept
+    uint32_t u32_swap(uint32_t *p, uint32_t v) noexcept
+    uint32_t u32_add(uint32_t *p, uint32_t v) noexcept
+    uint32_t u32_sub(uint32_t *p, uint32_t v) noexcept
+    bint u32_cas(uint32_t *p, uint32_t old, uint32_t new) noexcept
+    void u32_store_seq(uint32_t *p, uint32_t v) noexcept
+    uint32_t u32_load_seq(const uint32_t *p) noexcept
+    uint32_t u32_add_seq(uint32_t *p, uint32_t v) noexcept
+    uint64_t u64_load(const uint64_t *p) noexcept
+    void u64_store(uint64_t *p, uint64_t v) noexcept
+    bint u64_cas(uint64_t *p, uint64_t old, uint64_t new) noexcept
+    uint64_t u64_load_seq(const uint64_t *p) noexcept
+    void fence_seq() noexcept
+    uint64_t u64_add(uint64_t *p, uint64_t v) noexcept
+    uint64_t u64_or(uint64_t *p, uint64_t v) noexcept
+    uint64_t u64_and(uint64_t *p, uint64_t v) noexcept
+    void *ptr_load(void *p) noexcept
+    void ptr_store(void *p, void *v) noexcept
+    void cpu_relax() noexcept
+    int u64_log2(uint64_t v) noexcept
+    uint64_t now_ns() noexcept
+    void futex_wait(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
+    void futex_wake_all(uint32_t *word) noexcept
+    int thread_id() noexcept
+
+    int uf_open(int way) noexcept
+    int uf_api(int fd, uint64_t *features, uint64_t *ioctls) noexcept
+    int uf_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint64_t *ioctls) noexcept
+    int uf_unregister(int fd, uint64_t start, uint64_t len) noexcept
+    int uf_wake(int fd, uint64_t start, uint64_t len) noexcept
+    int uf_copy(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done) noexcept
+    int uf_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done) noexcept
+    int uf_continue(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done) noexcept
+    int uf_poison(int fd, uint64_t start, uint64_t len, int64_t *done) noexcept
+    int uf_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode) noexcept
+    int uf_read(int fd, uf_msg *messages, int most) noexcept
+
+    char *map_lazy(uint64_t len, int protection, int fd) noexcept
+    int map_forbid(char *start, uint64_t len) noexcept
+    bint page_present(char *page) noexcept
+    int sys_memfd(const char *name) noexcept
+    int sys_eventfd() noexcept
+    void eventfd_raise(int fd) noexcept
+    void eventfd_clear(int fd) noexcept
+    int epoll_watch(int epoll_fd, int fd, uint64_t data) noexcept
+    int epoll_take(int epoll_fd, uint64_t *data, int most, int timeout_ms) noexcept
+    int thread_cpu(uint32_t tid) noexcept
+    int thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name,
+                     int cpu) noexcept
+    int cpus_allowed(int *cpus, int most) noexcept
+
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes) noexcept
+    int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept
+    int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept
+    int pthread_join(pthread_t thread, void **result) noexcept
+    int pthread_detach(pthread_t thread) noexcept
+    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil) noexcept
+
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout_ms) noexcept
+    int POLLIN
+    int EPOLL_CTL_DEL, EPOLL_CLOEXEC
+    int epoll_create1(int flags) noexcept
+    int epoll_ctl(int epoll_fd, int operation, int fd, void *event) noexcept
+    void *mmap(void *start, size_t len, int protection, int flags, int fd, int64_t offset) noexcept
+    int munmap(void *start, size_t len) noexcept
+    int madvise(void *start, size_t len, int advice) noexcept
+    int mprotect(void *start, size_t len, int protection) noexcept
+    int fallocate(int fd, int mode, int64_t offset, int64_t len) noexcept
+    int ftruncate(int fd, int64_t len) noexcept
+    int close(int fd) noexcept
+    int64_t pread(int fd, void *block, size_t nbytes, int64_t offset) noexcept
+    int64_t sysconf(int name) noexcept
+    int sched_yield() noexcept
+    int PROT_NONE, PROT_READ, PROT_WRITE, MADV_DONTNEED, MAP_FIXED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE, _SC_PAGESIZE
+    void *MAP_FAILED
+    int errno
+    int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ESRCH, ETIMEDOUT, ECANCELED, EDEADLK, ENOSPC
+    int ENOSYS, EINVAL, ENOTSUP, EBUSY
+
+cdef extern from "_sigbus.h" nogil:
+    enum:
+        BUS_NOT_OURS, BUS_SERVED, BUS_POISONED
+    struct line:
+        size_t n
+    void line_text(line *l, const char *s) noexcept
+    void line_number(line *l, uint64_t v) noexcept
+    void line_errno(line *l, int e) noexcept
+    void line_say(line *l) noexcept
+    void bus_deliver_set(int (*deliver)(uint64_t address, int write) noexcept) noexcept
+    int bus_ensure() noexcept
+    void int_arm() noexcept
+    void int_disarm() noexcept
+    void thread_take_int(int yes) noexcept
