@@ -1,0 +1,121 @@
+"""The threads that serve faults, shared by regions."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from . import _core
+from .errors import DegradedWarning, Unavailable
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from .region import Region
+
+__all__ = ["Engine", "default_engine"]
+
+_default: Engine | None = None
+_default_lock = threading.Lock()
+_told_user_mode = False
+
+
+class Engine:
+    """Worker threads, page buffers and counters for any number of regions.
+
+    workers: threads that serve faults, one per CPU this process may use when None, each bound to its CPU. They never
+    hold the interpreter lock. When all of them are inside slow fills, others join for as long as that lasts.
+
+    A context manager: leaving it closes its regions, now or when their last array dies, and never raises for arrays
+    that are in use. `close()` raises BufferError for them. Thread-safe. Raises Unavailable where the machine has no
+    userfaultfd, with the cure.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        require_userfaultfd()
+        if workers is None:
+            workers = min(len(os.sched_getaffinity(0)), _core.MAX_WORKERS_BASE)
+        self._threads: _core.Engine | None = _core.Engine(workers)
+        self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
+        self._ended = Stats()
+        self.workers = workers
+
+    @property
+    def regions(self) -> Iterator[Region]:
+        """The regions that are open."""
+        return iter([region for region in list(self._regions) if not region.closed])
+
+    @property
+    def closed(self) -> bool:
+        return self._threads is None
+
+    def stats(self) -> Stats:
+        """The sum over all regions, those included that are closed. Stops no worker, touches no managed page."""
+        if self._threads is None:
+            return self._ended
+        total = Stats.of(self._threads.closed_counts())
+        for region in list(self._regions):
+            counted = region._stats_or_none()
+            total = total if counted is None else total + counted
+        return total
+
+    def close(self) -> None:
+        """Closes all regions and ends the threads; idempotent. BufferError, with nothing done, while arrays live."""
+        if self._threads is None:
+            return
+        using = [region.name for region in list(self._regions) if region.exports]
+        if using:
+            raise BufferError(f"arrays of {len(using)} regions are in use (the first: {using[0]!r}); drop them first, "
+                              "or leave the engine as a context manager, which waits for them")
+        for region in list(self._regions):
+            region.close()
+        self._ended = self.stats()
+        threads, self._threads = self._threads, None
+        threads.stop()                           # or, if a fill still has a region in hand, when it lets go
+
+    def _leave(self) -> None:
+        if self._threads is None:
+            return
+        for region in list(self._regions):
+            region._shut_when_unused()
+        self._ended = self.stats()
+        self._threads = None                     # the regions that are left keep the threads; the last one ends them
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._leave()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(list(self.regions))} regions"
+        return f"<uffd.Engine: {self.workers} workers, {state}>"
+
+
+def default_engine() -> Engine:
+    """The engine that regions use when none is given; made at the first call, and again after it was closed."""
+    global _default
+    with _default_lock:
+        if _default is None or _default.closed:
+            _default = Engine()
+        return _default
+
+
+def require_userfaultfd() -> str:
+    """The mode, "full" or "user"; Unavailable with the cure when there is none. Warns once in user mode."""
+    global _told_user_mode
+    mode, number = _core.mode()
+    if mode == "none":
+        from .probe import probe
+        cures = "; ".join(str(cure) for cure in probe(self_test=False).cures) or "run `python -m uffd probe`"
+        raise Unavailable(number, f"no userfaultfd here ({os.strerror(number)}): {cures}")
+    if mode == "user" and not _told_user_mode:
+        _told_user_mode = True
+        warnings.warn(
+            "only user-mode faults can be served here: a system call on a missing page (np.save, readinto, send, ...) "
+            "answers EFAULT or writes short; use uffd.pinned() around it. `python -m uffd probe` names the cure",
+            DegradedWarning, stacklevel=4)
+    return mode

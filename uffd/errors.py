@@ -1,0 +1,39 @@
+"""What can go wrong, by name. Every message says which region, offset and provider, how often it was tried, and what
+to do."""
+
+from __future__ import annotations
+
+__all__ = ["DegradedWarning", "ProviderError", "RegionClosed", "Unavailable", "UffdError"]
+
+
+class UffdError(Exception):
+    """The base of all errors of this package that are not plain ValueError, TypeError or MemoryError."""
+
+
+class Unavailable(UffdError, OSError):
+    """This machine does not grant what was asked for. The message names the cure; `python -m uffd probe` says more."""
+
+
+class ProviderError(UffdError, OSError):
+    """A provider did not give a block.
+
+    Attributes: region (its name), offset and nbytes (of the block, in the region), errno, tries, provider_traceback
+    (the text of an exception in a provider, None for native ones).
+    """
+
+    def __init__(self, errno: int, message: str, *, region: str, offset: int, nbytes: int, tries: int,
+                 provider_traceback: str | None = None) -> None:
+        super().__init__(errno, message)
+        self.region = region
+        self.offset = offset
+        self.nbytes = nbytes
+        self.tries = tries
+        self.provider_traceback = provider_traceback
+
+
+class RegionClosed(UffdError, ValueError):
+    """The region was closed; its arrays, if any live, still work."""
+
+
+class DegradedWarning(UserWarning):
+    """Something works, with less than it could: said once per process, with the cure."""

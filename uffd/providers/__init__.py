@@ -1,0 +1,201 @@
+"""Native providers: where a region's bytes come from, without the interpreter lock. One instance may serve any number of
+regions."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import operator
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from ..errors import UffdError
+
+__all__ = ["Blosc2File", "File", "Memory", "Native", "Zero"]
+
+
+class _NativeProvider:
+    """Holds the core's side of a provider, made once."""
+
+    nbytes: int | None = None
+    title: str = ""
+    _made: _core.Filler
+    _recipe: tuple[tuple[Any, ...], dict[str, Any]] | None = None     # arguments that make it again elsewhere
+
+    def _filler(self) -> _core.Filler:
+        return self._made
+
+    def __reduce__(self) -> Any:
+        if self._recipe is None:
+            raise TypeError(f"{self.title} can't be pickled: it lives in the memory of this process")
+        arguments, keywords = self._recipe
+        return functools.partial(type(self), *arguments, **keywords), ()
+
+    def __repr__(self) -> str:
+        return f"uffd.providers.{self.title}"
+
+
+class Zero(_NativeProvider):
+    """Zeros of any size (`nbytes` is None: the region says how many)."""
+
+    def __init__(self) -> None:
+        self.title = "Zero()"
+        self._recipe = ((), {})
+        self._made = _core.Filler.zero()
+
+
+class Memory(_NativeProvider):
+    """The bytes of a contiguous buffer or array (C or Fortran order: as they lie in memory), which stays exported.
+
+    Pages are copied straight from it. It must not be memory of a region of the same engine (Region refuses it). Bytes
+    that change before a block is filled are seen, later changes are not.
+    """
+
+    def __init__(self, buffer: Any) -> None:
+        if isinstance(buffer, np.ndarray):
+            if buffer.dtype.hasobject:
+                raise TypeError(f"dtype {buffer.dtype} holds Python objects")
+            if not (buffer.flags.c_contiguous or buffer.flags.f_contiguous):
+                raise ValueError("the array is not contiguous")
+            if buffer.size:
+                flat = buffer.reshape(-1, order="C" if buffer.flags.c_contiguous else "F")
+                buffer = flat.view(np.uint8)     # dtypes that the buffer protocol does not know (dates, bfloat16)
+        self._made = _core.Filler.memory(buffer)
+        self.nbytes = self._made.nbytes
+        self.title = f"Memory({self.nbytes} bytes)"
+
+
+class File(_NativeProvider):
+    """The bytes of a local file from `offset` on, read by pread in the worker.
+
+    nbytes is what the file held when it was opened. A file that has become shorter since, or a short read, is an error
+    (ENODATA), never zeros. direct: past the page cache (O_DIRECT), for files far larger than memory. The file is opened
+    here (OSError), read-only.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int = 0, *, direct: bool = False) -> None:
+        offset = operator.index(offset)
+        name = os.fspath(path)
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+        try:
+            size = os.lseek(fd, 0, os.SEEK_END)  # block devices have no st_size
+            if not 0 <= offset <= size:
+                raise ValueError(f"{name}: offset {offset} is outside the file of {size} bytes")
+            self._made = _core.Filler.open_file(fd, offset, size - offset, bool(direct))
+        except BaseException:
+            os.close(fd)
+            raise
+        self.nbytes = size - offset
+        self._recipe = ((os.path.abspath(os.fsdecode(name)), offset), {"direct": bool(direct)})
+        self.title = f"File({Path(name).name!r}{f', offset={offset}' if offset else ''})"
+
+
+class Blosc2File(_NativeProvider):
+    """The array bytes (C order) of a contiguous Blosc2 frame or .b2nd file, decompressed in the worker.
+
+    `offset`: where the frame starts in the file, for frames inside a container. Decoding is done by the C library that
+    the `blosc2` package ships (ImportError without it: the extra `blosc2`), one context per worker, only the Blosc2
+    blocks that a fill needs. OSError: EBADMSG for a damaged frame, EIO for a short one, ENOTSUP for a directory frame or
+    a codec that the library lacks. Blosc2 has no checksums: damage inside a block may decode to other bytes.
+
+    Attributes: nbytes, chunk_bytes, block_bytes (of Blosc2), typesize, chunks, linear (whether the bytes of a chunk are
+    consecutive bytes of the array), shape (of a b2nd array, else ()).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
+        name = os.fspath(path)
+        self._made = _core.Filler.blosc2(os.fsencode(_blosc2_library()), os.fsencode(name), operator.index(offset))
+        self._recipe = ((os.path.abspath(os.fsdecode(name)),), {"offset": operator.index(offset)})
+        info = self._made.info
+        self.nbytes = self._made.nbytes
+        self.chunk_bytes: int = info["chunk_bytes"]
+        self.block_bytes: int = info["block_bytes"]
+        self.typesize: int = info["typesize"]
+        self.chunks: int = info["chunks"]
+        self.linear: bool = info["linear"]
+        self.shape: tuple[int, ...] = info["shape"]
+        self.title = f"Blosc2File({Path(name).name!r}{f', offset={offset}' if offset else ''})"
+
+
+class Native(_NativeProvider):
+    """A compiled function: `int fill(void *user_data, uint64_t offset, void *block, size_t nbytes)`, 0 or -errno.
+
+    function: a ctypes function pointer of a shared library, a PyCapsule (Cython), a scipy.LowLevelCallable, a Numba
+    @cfunc, or a ctypes.c_void_p. What it belongs to is kept alive. uffd.h (see `uffd.get_include()`) says what it must
+    keep to: it is called from several threads at once, without the interpreter lock. A ctypes function that wraps Python
+    code is a TypeError: it would wait for that lock, which the touching thread may hold. A Numba @cfunc must not raise:
+    its error path takes the lock to print the exception.
+
+    user_data: None, an int address, a ctypes pointer, a PyCapsule, or a buffer (its first byte; kept exported).
+    inline_safe: the function may run in a signal handler (no malloc, no stdio, no locks); with inline delivery it then
+    runs on the touching thread, else a worker runs it.
+    """
+
+    def __init__(self, function: Any, user_data: Any = None, *, inline_safe: bool = False) -> None:
+        address, context = _function_address(function)
+        data, kept = (context, None) if user_data is None else _data_address(user_data)
+        self._made = _core.Filler.native_pointer(address, data, bool(inline_safe), (function, user_data, kept))
+        name = getattr(function, "__name__", type(function).__name__)
+        self.title = f"Native({name})"
+
+
+def _blosc2_library() -> str:
+    """The shared library inside the installed blosc2 package."""
+    found = importlib.util.find_spec("blosc2")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError('Blosc2 files need the blosc2 package: pip install "pyuffd[blosc2]"')
+    for folder in found.submodule_search_locations:
+        for library in sorted(Path(folder).glob("**/libblosc2.so*")):
+            return str(library)
+    raise UffdError("the installed blosc2 package ships no libblosc2.so; its wheels do")
+
+
+def _function_address(function: Any) -> tuple[int, int]:
+    """(address, context address or 0) of a C function, however it is wrapped."""
+    if isinstance(function, ctypes._CFuncPtr):
+        if any(type(kept).__name__ == "CThunkObject" for kept in (function._objects or {}).values()):
+            raise TypeError("a ctypes function that wraps Python code needs the interpreter lock, which the touching "
+                            "thread may hold: it would hang. Compile it (Cython, C, Numba @cfunc)")
+        address = ctypes.cast(function, ctypes.c_void_p).value or 0
+        return _not_null(address), 0
+    if isinstance(function, ctypes.c_void_p):
+        return _not_null(function.value or 0), 0
+    if type(function).__name__ == "PyCapsule":
+        return _core.capsule_address(function)
+    if type(function).__name__ == "LowLevelCallable" and isinstance(function, tuple):
+        return _from_low_level(function)
+    if hasattr(function, "address") and hasattr(function, "native_name"):    # Numba @cfunc
+        return _not_null(operator.index(function.address)), 0
+    raise TypeError(f"no C function in a {type(function).__name__}: give a ctypes function of a library, a PyCapsule, a "
+                    "scipy.LowLevelCallable, a Numba @cfunc or a ctypes.c_void_p")
+
+
+def _from_low_level(function: Any) -> tuple[int, int]:
+    address, context = _core.capsule_address(tuple.__getitem__(function, 0))
+    inner = function.function
+    if isinstance(inner, ctypes._CFuncPtr):
+        _function_address(inner)                 # refuses what wraps Python code
+    return address, context
+
+
+def _not_null(address: int) -> int:
+    if not address:
+        raise ValueError("the function pointer is NULL")
+    return address
+
+
+def _data_address(data: Any) -> tuple[int, Any]:
+    """(address, what keeps it) of user_data."""
+    if isinstance(data, int):
+        return data, None
+    if type(data).__name__ == "PyCapsule":
+        return _core.capsule_address(data)[0], None
+    if isinstance(data, ctypes.c_void_p) or isinstance(data, ctypes._Pointer):
+        return ctypes.cast(data, ctypes.c_void_p).value or 0, None
+    view = memoryview(data)
+    return _core.buffer_address(view), view

@@ -1,0 +1,413 @@
+"""Regions: memory that an engine serves, and what can be done with it."""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from . import _core, keys
+from .engine import Engine, default_engine, require_userfaultfd
+from .errors import DegradedWarning, ProviderError, RegionClosed
+from .stats import Stats
+
+__all__ = ["Prefetch", "Region", "chunks", "from_provider", "pinned", "populate", "prefetch", "region_of"]
+
+Where = None | tuple[int, int] | np.ndarray
+
+_READAHEAD_BYTES = 8 << 20          # the largest window, unless the user says otherwise
+_RESIDENT = (_core.STATES["clean"], _core.STATES["unprotecting"], _core.STATES["dirty"])
+_WRITTEN = (_core.STATES["unprotecting"], _core.STATES["dirty"])
+_by_base: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
+
+
+class Region(_core.Region):
+    """`nbytes` of memory whose blocks come from `provider` at the first touch.
+
+    nbytes: None takes the provider's own size. name: for messages. mode: "r" (read-only memory: a write is SIGSEGV, as
+    with np.memmap) or "c" (private: writes stay in memory; the default); "r+" needs a provider that can write.
+    block_bytes: a power of two of pages, the unit of fill. backing: "anon", or "shared" (a memfd: providers write
+    straight into the page, no copy). delivery: "thread" (a worker serves; system calls on missing pages work where the
+    machine grants a full userfaultfd), "inline" (the touching thread serves itself in a SIGBUS handler: several times
+    faster, but a system call on a missing page answers EFAULT or writes short, see `pinned`), or "auto": thread where
+    the machine grants a full userfaultfd, else inline. readahead_bytes: the largest window of read-ahead, None adapts
+    up to 8 MiB, 0 is off. on_error: at a touch whose fill fails for good, "poison" (SIGBUS, with a message on stderr)
+    or "wait" (tried for ever, with a message). retries: after the first try of a block. timeout_s: for one fill, the
+    retries included; a native fill that hangs by then loses its worker for ever, which is replaced; with inline
+    delivery a hanging native fill can't be ended.
+
+    A region is a context manager; leaving it closes it, now or when its last array dies. All methods are thread-safe,
+    release the interpreter lock while they wait, and may be used while arrays are in use. In a forked child the region
+    is a private copy that serves itself; with "shared" backing, what the parent had written by then is read from the
+    parent's memory at the child's first touch.
+    """
+
+    def __init__(self, nbytes: int | None, provider: Any, *, engine: Engine | None = None, name: str | None = None,
+                 mode: str | None = None, block_bytes: int = 65536, backing: str = "anon", delivery: str = "auto",
+                 readahead_bytes: int | None = None, on_error: str = "poison", retries: int = 3,
+                 timeout_s: float = 30.0) -> None:
+        nbytes = _checked_size(nbytes, provider)
+        _check_choice("mode", mode, (None, "r", "c", "r+"))
+        _check_choice("backing", backing, ("anon", "shared"))
+        _check_choice("delivery", delivery, ("auto", "thread", "inline"))
+        _check_choice("on_error", on_error, ("poison", "wait"))
+        if mode == "r+":
+            raise ValueError(f"mode 'r+' needs a provider that can write, and {_title(provider)} can't; use 'c'")
+        block_bytes = _checked_block(block_bytes)
+        retries = operator.index(retries)
+        if retries < 0 or not timeout_s > 0:
+            raise ValueError(f"retries must be >= 0 and timeout_s > 0, not {retries} and {timeout_s}")
+        full = require_userfaultfd() == "full"
+        engine = default_engine() if engine is None else engine
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine must be a uffd.Engine, not {type(engine).__name__}")
+        if engine.closed:
+            raise ValueError("the engine is closed")
+        _refuse_own_memory(provider, engine)
+        readahead_bytes = _READAHEAD_BYTES if readahead_bytes is None else operator.index(readahead_bytes)
+        if readahead_bytes < 0:
+            raise ValueError(f"readahead_bytes must be >= 0, not {readahead_bytes}")
+        self.nbytes = nbytes
+        self.block_bytes = block_bytes
+        self.name = str(name) if name is not None else _title(provider)
+        self.mode = mode or "c"
+        self.backing = backing
+        self.delivery = ("thread" if full else "inline") if delivery == "auto" else delivery
+        self.engine = engine
+        self.provider = provider
+        self._options = {"name": name, "mode": mode, "block_bytes": block_bytes, "backing": backing,
+                         "delivery": delivery, "readahead_bytes": readahead_bytes, "on_error": on_error,
+                         "retries": retries, "timeout_s": timeout_s}
+        self._open(engine._threads, provider._filler(), nbytes, block_bytes, name=self.name, provider=_title(provider),
+                   shared=backing == "shared", is_inline=self.delivery == "inline", writable=self.mode != "r",
+                   readahead_bytes=min(readahead_bytes, 1 << 40), wait_for_ever=on_error == "wait",
+                   retries=min(retries, 1 << 30), timeout_ns=int(min(float(timeout_s), 1e9) * 1e9))
+        engine._regions.add(self)
+        _by_base[self.address] = self
+
+    # ---- arrays ----
+
+    def array(self, dtype: Any = "u1", shape: Any = None, *, offset: int = 0, order: str = "C") -> np.ndarray:
+        """A plain ndarray over the region's memory; nothing is read. It keeps region and engine alive.
+
+        shape None: one axis, as many whole items as fit behind `offset` (bytes). TypeError for object dtypes.
+        """
+        dtype = np.dtype(dtype)
+        if dtype.hasobject:
+            raise TypeError(f"dtype {dtype} holds Python objects, which can't live in externalized memory")
+        self._check_open()
+        offset = operator.index(offset)
+        if not 0 <= offset <= self.nbytes:
+            raise ValueError(f"offset {offset} is outside the region of {self.nbytes} bytes")
+        if shape is None:
+            shape = ((self.nbytes - offset) // dtype.itemsize if dtype.itemsize else 0,)
+        shape = _checked_shape(shape)
+        # frombuffer keeps a memoryview, whose release tells when the last array died; ndarray(buffer=) would not
+        return np.ndarray(shape, dtype, buffer=np.frombuffer(self, np.uint8), offset=offset, order=order)
+
+    # ---- bringing blocks in ----
+
+    def populate(self, where: Where = None, *, timeout_s: float | None = None) -> None:
+        """Has all blocks of `where` resident; blocks until they are. Poisoned blocks are tried again (repair).
+
+        where: None (all), (start, stop) in bytes, or a view; widened to blocks. ProviderError for the first block that
+        can't be filled; TimeoutError when timeout_s is over first. Ctrl-C interrupts it.
+        """
+        self._populate(self._runs(where), timeout_s)
+
+    def prefetch(self, where: Where = None) -> Prefetch:
+        """Has the blocks of `where` filled in the background, behind all demand; returns at once."""
+        return self._prefetch(self._runs(where))
+
+    @contextmanager
+    def pinned(self, where: Where = None) -> Iterator[Region]:
+        """A context in which `where` is resident and stays so: any system call on it works, in every mode."""
+        self.populate(where)
+        yield self
+
+    def _runs(self, where: Where) -> np.ndarray:
+        self._check_open()
+        return keys.byte_run(where, self.address, self.nbytes, self.block_bytes)
+
+    def _prefetch(self, runs: np.ndarray) -> Prefetch:
+        self._check_open()
+        runs = np.ascontiguousarray(runs, np.int64)
+        return Prefetch(self, runs, self._post(runs, _core.JOB_PREFETCH) if len(runs) else None)
+
+    def _populate(self, runs: np.ndarray, timeout_s: float | None) -> None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        runs = np.ascontiguousarray(runs, np.int64)
+        while len(runs):
+            self._check_open()
+            job = self._post(runs, _core.JOB_POPULATE)
+            try:
+                if not job.wait(_left_ns(deadline)):
+                    raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: not populated within {timeout_s} s")
+            finally:
+                job.cancel()
+            if job.error is not None:
+                raise self._error(*job.error)
+            runs = self._still_absent(runs, deadline)
+
+    def _still_absent(self, runs: np.ndarray, deadline: float | None) -> np.ndarray:
+        """Waits for blocks that somebody else is filling; what is left of the runs, from the first absent block on."""
+        while True:
+            self._check_open()
+            found = self._absent(runs)
+            if found is None:
+                return runs[:0]
+            block, state = found
+            if state == _core.STATES["poisoned"]:
+                number, tries, dead = self._poison_of(block)
+                if dead:                         # a hung fill may still write there: it can't be repaired
+                    raise self._error(number, block, tries)
+            if state != _core.STATES["filling"]:
+                runs = runs[runs[:, 1] > block].copy()
+                runs[0, 0] = max(runs[0, 0], block)
+                return runs
+            left_ns = _left_ns(deadline)
+            if left_ns == 0:
+                raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: block {block} is still being filled")
+            self._wait_block(block, min(10**8, 10**8 if left_ns is None else left_ns))
+
+    def _error(self, number: int, block: int, tries: int) -> ProviderError:
+        offset = block * self.block_bytes
+        nbytes = min(self.block_bytes, self.nbytes - offset)
+        message = (f"region {self.name!r}: block at offset {offset} ({nbytes} bytes) could not be filled from "
+                   f"{_title(self.provider)} after {tries} tries: {os.strerror(number)}")
+        return ProviderError(number, message, region=self.name, offset=offset, nbytes=nbytes, tries=tries)
+
+    # ---- what is there ----
+
+    def resident(self) -> np.ndarray:
+        """Which blocks are in memory: bool, one per block. A snapshot; touches no managed page."""
+        return np.isin(self._state_array(), _RESIDENT)
+
+    def dirty(self) -> np.ndarray:
+        """Which blocks were written since they were filled: bool, one per block; exact (kernel 5.7, "shared": 5.19)."""
+        return np.isin(self._state_array(), _WRITTEN)
+
+    def stats(self) -> Stats:
+        """Counters and latencies since the region was made. Stops no worker, touches no managed page."""
+        self._check_open()
+        return Stats.of(self._counts())
+
+    def _stats_or_none(self) -> Stats | None:
+        try:
+            return Stats.of(self._counts())
+        except ValueError:
+            return None                          # closed by another thread meanwhile: counted by the engine
+
+    def _state_array(self) -> np.ndarray:
+        self._check_open()
+        return np.frombuffer(self._states(), np.uint8)
+
+    # ---- life ----
+
+    def close(self) -> None:
+        """Takes the region out of service and frees its memory; idempotent. BufferError while arrays of it live.
+
+        Waits for fills under way, at most a second beyond timeout_s; a fill that hangs longer keeps its buffers.
+        """
+        if self.exports:
+            raise BufferError(f"region {self.name!r}: {self.exports} arrays are in use")
+        self._shut(10**9)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RegionClosed(f"region {self.name!r} is closed")
+        if _core.sigbus_check():
+            warnings.warn("somebody installed a SIGBUS handler after uffd; uffd put its own back in front and passes on "
+                          "what is not its own", DegradedWarning, stacklevel=3)
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._shut_when_unused()
+
+    def __reduce__(self) -> Any:
+        """The recipe: provider and options, never bytes, and never what was written. TypeError from the provider if
+        it can't be had in another process. The engine is the default one there."""
+        return _remade, (self.nbytes, self.provider, self._options)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.nbytes} bytes from {_title(self.provider)}"
+        return f"<uffd.Region {self.name!r}: {state}>"
+
+
+class Prefetch:
+    """Blocks on their way. Dropping it does not stop them; `cancel` does."""
+
+    def __init__(self, region: Region, runs: np.ndarray, job: _core.Job | None) -> None:
+        self._region = region
+        self._runs = runs
+        self._job = job
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Blocks until all is there, or was cancelled. ProviderError for the first block that failed (it is tried
+        again at its touch); TimeoutError. Ctrl-C interrupts it."""
+        if self._job is None:
+            return
+        if not self._job.wait(None if timeout_s is None else max(0, int(timeout_s * 1e9))):
+            raise TimeoutError(errno.ETIMEDOUT, f"region {self._region.name!r}: not fetched within {timeout_s} s")
+        if self._job.error is not None:
+            raise self._region._error(*self._job.error)
+
+    def done(self) -> bool:
+        """Whether nothing more is under way: filled, failed or cancelled."""
+        return self._job is None or self._job.done()
+
+    def cancel(self) -> None:
+        """What was not begun is left where it is; idempotent."""
+        if self._job is not None:
+            self._job.cancel()
+
+
+# ---- by array -------------------------------------------------------------------------------------------------------
+
+
+def region_of(array: Any) -> Region:
+    """The region whose memory an array lies in, found by address: any view, whatever its `base`, also a torch tensor
+    or anything else that numpy takes for an array. ValueError if it is not ours."""
+    address = np.asarray(array).__array_interface__["data"][0]
+    base = _core.base_at(address)
+    region = None if base is None else _by_base.get(base)
+    if region is None:
+        raise ValueError("the array's memory is not in an open uffd region")
+    return region
+
+
+def from_provider(provider: Any, shape: Any, dtype: Any, *, offset: int = 0, order: str = "C",
+                  **region_options: Any) -> np.ndarray:
+    """An array of that shape whose bytes are the provider's from `offset` on; region_options go to Region."""
+    dtype = np.dtype(dtype)
+    if dtype.hasobject:
+        raise TypeError(f"dtype {dtype} holds Python objects, which can't live in externalized memory")
+    shape = _checked_shape(shape)
+    nbytes = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
+    if nbytes == offset:
+        return np.empty(shape, dtype, order)
+    return Region(nbytes, provider, **region_options).array(dtype, shape, offset=offset, order=order)
+
+
+def populate(array: np.ndarray, key: Any = ...) -> None:
+    """Has the blocks resident that array[key] lies in; nothing is copied and nothing faults. As Region.populate."""
+    region = region_of(array)
+    region._populate(_key_runs(region, array, key), None)
+
+
+def prefetch(array: np.ndarray, key: Any = ...) -> Prefetch:
+    """Has the blocks filled in the background that array[key] lies in, key being whatever array[key] takes, integer
+    and boolean arrays too; nothing is copied and nothing faults. As Region.prefetch."""
+    region = region_of(array)
+    return region._prefetch(_key_runs(region, array, key))
+
+
+@contextmanager
+def pinned(view: np.ndarray) -> Iterator[np.ndarray]:
+    """A context in which `view` is resident and stays so: safe in any system call, in every mode. ProviderError."""
+    region = region_of(view)
+    region._populate(_key_runs(region, view, ...), None)
+    yield view
+
+
+def chunks(array: np.ndarray, nbytes: int | None = None) -> Iterator[np.ndarray]:
+    """The array in pieces along axis 0, each pinned while it is yielded, the next one prefetched meanwhile.
+
+    nbytes: of a piece (at least one row), None: 64 MiB. A 0-d array comes as it is.
+    """
+    region = region_of(array)
+    nbytes = 64 << 20 if nbytes is None else operator.index(nbytes)
+    if nbytes < 1:
+        raise ValueError(f"nbytes must be positive, not {nbytes}")
+    if array.ndim == 0:
+        with pinned(array):
+            yield array
+        return
+    rows = max(1, nbytes // max(1, array.itemsize * int(np.prod(array.shape[1:], dtype=object))))
+    ahead = None
+    try:
+        for start in range(0, len(array), rows):
+            piece = array[start:start + rows]
+            with pinned(piece):
+                if start + rows < len(array):
+                    ahead = region.prefetch(array[start + rows:start + 2 * rows])
+                yield piece
+    finally:
+        if ahead is not None:
+            ahead.cancel()
+
+
+def _key_runs(region: Region, array: np.ndarray, key: Any) -> np.ndarray:
+    region._check_open()
+    return keys.block_runs(np.asarray(array), key, region.address, region.nbytes, region.block_bytes)
+
+
+def _remade(nbytes: int, provider: Any, options: dict[str, Any]) -> Region:
+    return Region(nbytes, provider, **options)
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _title(provider: Any) -> str:
+    return getattr(provider, "title", None) or type(provider).__name__
+
+
+def _check_choice(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def _checked_size(nbytes: int | None, provider: Any) -> int:
+    if not hasattr(provider, "_filler"):
+        raise TypeError(f"{type(provider).__name__} is no provider; see uffd.providers")
+    if nbytes is None:
+        if provider.nbytes is None:
+            raise ValueError(f"{_title(provider)} has no size of its own: nbytes is needed")
+        nbytes = provider.nbytes
+    nbytes = operator.index(nbytes)
+    if nbytes <= 0 or nbytes > 1 << 46:
+        raise ValueError(f"nbytes must be 1 to 2**46, not {nbytes}")
+    if provider.nbytes is not None and nbytes > provider.nbytes:
+        raise ValueError(f"{_title(provider)} holds {provider.nbytes} bytes, fewer than the {nbytes} asked for")
+    return nbytes
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    shape = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
+    if any(n < 0 for n in shape):
+        raise ValueError(f"negative dimensions are not allowed: {shape}")
+    return shape
+
+
+def _checked_block(block_bytes: int) -> int:
+    block_bytes = operator.index(block_bytes)
+    page = _core.PAGE_BYTES
+    if block_bytes < page or block_bytes & (block_bytes - 1) or block_bytes > _core.MAX_BLOCK:
+        raise ValueError(f"block_bytes must be a power of two, {page} to {_core.MAX_BLOCK}, not {block_bytes}")
+    return block_bytes
+
+
+def _refuse_own_memory(provider: Any, engine: Engine) -> None:
+    """Memory of a region of the same engine: its workers would wait for themselves."""
+    span = provider._filler().span
+    if span is None:
+        return
+    for region in engine.regions:
+        if region.address < span[1] and span[0] < region.address + region.nbytes:
+            raise ValueError(f"the memory belongs to region {region.name!r} of the same engine; give one of them an "
+                             "engine of its own")
+
+
+def _left_ns(deadline: float | None) -> int | None:
+    return None if deadline is None else max(0, int((deadline - time.monotonic()) * 1e9))
