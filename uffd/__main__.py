@@ -1,0 +1,95 @@
+"""The command line: `uffd`, `pyuffd`, `python -m uffd`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import uffd
+from uffd.errors import UffdError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns its exit code: 0, 1 for an error that one line on stderr names, 2 for wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["demo"]:  # it parses its own options
+        return _guarded(_demo, words[1:])
+    options = _parser().parse_args(words)
+    return _guarded(options.run, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uffd", description="Memory externalization for Python on Linux userfaultfd.")
+    parser.add_argument("--version", action="version", version=f"uffd {uffd.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    probe = commands.add_parser("probe", help="what this machine grants, and the cure for what it does not",
+                                description="Tell what this machine grants. Exit code 1: regions can't work here.")
+    probe.add_argument("--json", action="store_true", help="print JSON")
+    probe.add_argument("--no-self-test", action="store_true", help="leave the measured faults out")
+    probe.add_argument("--seccomp-profile", metavar="BASE.json", type=Path,
+                       help="print this seccomp profile of a container engine with userfaultfd allowed, and end")
+    probe.set_defaults(run=_probe)
+
+    pack = commands.add_parser("pack", help="compress a .npy or .safetensors into a file that uffd.open() takes lazily",
+                               description="Compress the arrays of a file block by block, with shuffle, by Blosc2.")
+    pack.add_argument("source", metavar="SOURCE", type=Path, help="a .npy or .safetensors file")
+    pack.add_argument("target", metavar="TARGET", type=Path, help="the file to write")
+    pack.add_argument("--codec", default="zstd", help="Blosc2's name of a codec (default: %(default)s)")
+    pack.add_argument("--level", type=int, default=5, help="0 to 9 (default: %(default)s)")
+    pack.add_argument("--json", action="store_true", help="print the sizes as JSON")
+    pack.set_defaults(run=_pack)
+
+    commands.add_parser("demo", help="the tour, on a real model: uffd demo --help")
+    return parser
+
+
+def _guarded(run, options) -> int:
+    """Errors that a user can mend are one line; all others are bugs and keep their traceback."""
+    try:
+        return run(options)
+    except BrokenPipeError:  # the reader has enough: `uffd probe | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UffdError, OSError, ValueError, TypeError, ImportError) as error:
+        print(f"uffd: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("uffd: interrupted", file=sys.stderr)
+        return 130
+
+
+def _probe(options: argparse.Namespace) -> int:
+    if options.seccomp_profile:
+        from ._cures import seccomp_profile
+
+        print(json.dumps(seccomp_profile(json.loads(options.seccomp_profile.read_text())), indent=2))
+        return 0
+    found = uffd.probe(self_test=not options.no_self_test)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
+    return 0 if found.mode != "none" and all(test.ok for test in found.self_test) else 1
+
+
+def _pack(options: argparse.Namespace) -> int:
+    uffd.pack(options.source, options.target, codec=options.codec, level=options.level)
+    sizes = {"source_bytes": options.source.stat().st_size, "target_bytes": options.target.stat().st_size}
+    ratio = sizes["source_bytes"] / max(1, sizes["target_bytes"])
+    if options.json:
+        print(json.dumps({**sizes, "ratio": ratio}))
+    else:
+        print(f"{options.target}: {sizes['target_bytes']:,} bytes of {sizes['source_bytes']:,} ({ratio:.2f} times "
+              "smaller)")
+    return 0
+
+
+def _demo(words: list[str]) -> int:
+    from . import demo
+
+    return demo.main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
