@@ -1,0 +1,65 @@
+"""The table: every row's work and goal, as data. The benchmarks name rows by key; report.py prints them in this order.
+
+`value` says what a row is judged by: the time per unit of ours and of the floor ("time": ours / floor), the rates that
+follow from them ("rate": floor time / ours time, so that more is better), or a number of ours alone ("number").
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    key: str
+    work: str
+    unit: str                       # of `ours` and `floor`
+    value: str                      # "time", "rate" or "number"
+    goal: float
+    at_most: bool                   # else at least
+    floor: str = ""                 # what the floor does
+
+    def judged(self, ours: float, floor: float | None) -> float:
+        """The number that the goal speaks of."""
+        if self.value == "number" or floor is None:
+            return ours
+        return ours / floor if self.value == "time" else floor / ours
+
+    def met(self, judged: float) -> bool:
+        return judged <= self.goal if self.at_most else judged >= self.goal
+
+    def goal_text(self) -> str:
+        times = "" if self.value == "number" else " x"
+        return f"{'<=' if self.at_most else '>='} {self.goal:g}{times}"
+
+
+ON_SAME_CPU = "C worker pinned to the faulting thread's CPU"
+BEST_PLACEMENT = "best fixed placement in C"
+
+ROWS = (
+    Row("thread-latency", "thread delivery, 4 KiB blocks, random first touch (median touch)", "us", "time", 1.3, True,
+        ON_SAME_CPU),
+    Row("thread-rate-1", "the same, rate with 1 touching thread", "us", "rate", 0.9, False, BEST_PLACEMENT),
+    Row("thread-rate-2", "the same, rate with 2 touching threads", "us", "rate", 0.9, False, BEST_PLACEMENT),
+    Row("thread-rate-8", "the same, rate with 8 touching threads", "us", "rate", 0.9, False, BEST_PLACEMENT),
+    Row("inline-latency", "inline delivery, 4 KiB blocks, random first touch (median touch)", "us", "time", 1.3, True,
+        "SIGBUS + COPY in C"),
+    Row("memory-sum", "default settings, one thread sums a region over Memory", "s/GiB", "rate", 0.8, False,
+        "bulk UFFDIO_COPY of 2 MiB pieces, no sum"),
+    Row("shared-sequential", "shared backing, inline delivery, sequential", "s/GiB", "rate", 0.6, False,
+        "memcpy + CONTINUE of 2 MiB pieces in C"),
+    Row("file-sequential", "File, page cache warm, sequential", "s/GiB", "rate", 0.7, False,
+        "readinto of a touched buffer"),
+    Row("blosc2-sequential", "Blosc2File, sequential", "s/GiB", "rate", 0.9, False,
+        "decompress_chunk in a loop, one thread"),
+    Row("blosc2-random", "Blosc2File, 1 % of the blocks at random, share of the cost of all", "%", "number", 3.0, True),
+    Row("readahead-random", "random touches: blocks filled / touched", "x", "number", 1.1, True),
+    Row("readahead-stride", "stride of 3 blocks: blocks filled / touched", "x", "number", 1.2, True),
+    Row("readahead-stride-ahead", "stride of 3 blocks: share filled ahead of demand", "%", "number", 90.0, False),
+    Row("readahead-both", "both in one region: blocks filled / touched", "x", "number", 1.2, True),
+    Row("readahead-both-ahead", "both in one region: share of the strided filled ahead", "%", "number", 90.0, False),
+    Row("life-1tib-time", "1 TiB region made and closed", "ms", "number", 50.0, True),
+    Row("life-1tib-rss", "1 TiB region made and closed: resident memory while open", "MiB", "number", 4.0, True),
+    Row("life-1000", "1,000 regions made and closed 20 times: fds, threads, mappings left", "left", "number", 0.0,
+        True),
+)
+BY_KEY = {row.key: row for row in ROWS}
