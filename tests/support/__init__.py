@@ -1,0 +1,1 @@
+"""What the tests share: matrices, native providers, subprocess scripts, leak counters."""

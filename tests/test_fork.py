@@ -1,0 +1,360 @@
+"""Forked children serve themselves: right bytes, never zeros, never a hang; the parent's store is left alone."""
+
+import pytest
+import uffd
+from support import matrix
+from support.scripts import run_script
+
+PAGE = uffd._core.PAGE_BYTES
+
+
+def test_child_reads_missing_blocks(where):
+    """Goal: a child sees the whole content, what was there and what was not."""
+    run_script("""
+provider, control = controlled()
+r = region(64 * BLOCK, provider)
+a = r.array()
+assert a[5 * BLOCK] == pattern(5 * BLOCK, 1)[0]
+a[7 * BLOCK] = 1
+def child():
+    assert a[7 * BLOCK] == 1
+    a[7 * BLOCK] = pattern(7 * BLOCK, 1)[0]
+    assert checked(r.address, 0, 64 * BLOCK) is None
+assert in_child(child) == 0
+right = pattern(0, 64 * BLOCK).copy()
+right[7 * BLOCK] = a[7 * BLOCK]
+assert (a == right).all()
+""", where=where).check()
+
+
+def test_child_without_privilege(where):
+    run_script("""
+provider, control = controlled()
+r = region(64 * BLOCK, provider)
+def child():
+    assert checked(r.address, 0, 64 * BLOCK) is None
+assert in_child(child) == 0
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where, user_mode=True).check()
+
+
+def test_child_touches_first_thing(where):
+    """Goal: the very first touch in the child is served. Method: many forks, each child touches another block."""
+    run_script("""
+provider, control = controlled()
+r = region(64 * BLOCK, provider, readahead_bytes=0)
+a = r.array()
+for n in range(20):
+    pid = os.fork()
+    if not pid:
+        right = a[n * BLOCK + n] == pattern(n * BLOCK + n, 1)[0] and checked(r.address, 0, 64 * BLOCK) is None
+        os._exit(0 if right else 1)
+    assert wait_for_child(pid) == 0, n
+""", where=where).check()
+
+
+def test_parent_in_mid_fault(where):
+    """Goal: four threads wait in faults when the parent forks: the child, to which none of the fills belongs, reads
+    the same blocks, and the parent's touches end, too."""
+    run_script("""
+provider, control = controlled()
+control.close_gate(0, 4 * BLOCK)
+e = uffd.Engine(workers=2)
+r = region(64 * BLOCK, provider, engine=e, readahead_bytes=0)
+a = r.array()
+threads = touch_in_threads(a, [block * BLOCK for block in (0, 1, 2, 3)])
+wait_until(lambda: control.gate_waiters >= 2, "no fill under way")
+time.sleep(0.05)
+def child():
+    control.open_gate()
+    assert checked(r.address, 0, 64 * BLOCK) is None
+assert in_child(child) == 0
+assert control.gate_waiters >= 2, "the parent's fills went on"
+control.open_gate()
+for thread in threads:
+    thread.join(10)
+    assert not thread.is_alive()
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where).check()
+
+
+@pytest.mark.parametrize("user_mode", [False, True], ids=["full", "user"])
+def test_busy_parent(where, user_mode):
+    """Goal: forks at any moment of four touching threads. Method: touch and fork at once, often."""
+    run_script("""
+control = Control()
+for turn in range(6):
+    provider, control = controlled()
+    control.delay_us = 50
+    r = region(256 * BLOCK, provider)
+    failed = []
+    def touch():
+        if checked(r.address, 0, 256 * BLOCK) is not None:
+            failed.append(1)
+    threads = [threading.Thread(target=touch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        def child():
+            assert checked(r.address, 0, 256 * BLOCK) is None
+        assert in_child(child) == 0
+    for thread in threads:
+        thread.join()
+    assert not failed
+    r.close()
+""", 40, where=where, user_mode=user_mode).check()
+
+
+def test_child_uses_the_api(where):
+    """Goal: populate, prefetch, pinned, stats, new regions and close work in the child."""
+    run_script("""
+provider, control = controlled()
+r = region(64 * BLOCK, provider)
+a = r.array()
+def child():
+    r.populate((0, 10 * BLOCK))
+    r.prefetch((10 * BLOCK, 20 * BLOCK)).wait(5)
+    with uffd.pinned(a[20 * BLOCK:30 * BLOCK]):
+        assert r.resident()[:30].all()
+    r.stats()
+    with region(4 * BLOCK, controlled()[0]) as own:
+        assert checked(own.address, 0, 4 * BLOCK) is None
+    with uffd.Engine(workers=1) as engine, region(4 * BLOCK, controlled()[0], engine=engine) as own:
+        assert checked(own.address, 0, 4 * BLOCK) is None
+    assert checked(r.address, 0, 64 * BLOCK) is None
+    global a
+    del a
+    r.close()
+assert in_child(child) == 0
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where).check()
+
+
+def test_child_closes_and_parent_goes_on(where):
+    """Goal: a child's normal exit, with atexit handlers, takes nothing from the parent."""
+    run_script("""
+provider, control = controlled()
+r = region(64 * BLOCK, provider, readahead_bytes=0)
+a = r.array()
+pid = os.fork()
+if not pid:
+    assert a[0] == pattern(0, 1)[0]
+    sys.exit(0)
+assert wait_for_child(pid) == 0
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where).check()
+
+
+def test_grandchild(where):
+    run_script("""
+provider, control = controlled()
+r = region(64 * BLOCK, provider, readahead_bytes=0)
+a = r.array()
+def grandchild():
+    assert checked(r.address, 0, 64 * BLOCK) is None
+def child():
+    assert a[3 * BLOCK] == pattern(3 * BLOCK, 1)[0]
+    assert in_child(grandchild) == 0
+    assert checked(r.address, 0, 64 * BLOCK) is None
+assert in_child(child) == 0
+""", where=where).check()
+
+
+def test_parent_exits_before_the_child(where):
+    """Goal: a child outlives its parent and still reads what is missing."""
+    result = run_script("""
+provider, control = controlled()
+r = region(64 * BLOCK, provider, readahead_bytes=0)
+reader, writer = os.pipe()
+pid = os.fork()
+if not pid:
+    os.close(writer)
+    os.read(reader, 1)  # until the parent is gone
+    ok = checked(r.address, 0, 64 * BLOCK) is None
+    with open("verdict", "w") as file:
+        file.write("right" if ok else "wrong")
+    os._exit(0)
+os.close(reader)
+say(os.getcwd())
+os._exit(0)
+""", where=where).check()
+    directory = result.stdout.split()[0]
+    assert wait_for_text(f"{directory}/verdict") == "right"
+
+
+def wait_for_text(path, timeout_s=10.0):
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            with open(path) as file:
+                if text := file.read():
+                    return text
+        except FileNotFoundError:
+            pass
+        time.sleep(0.01)
+    return "no verdict: the child hung or died"
+
+
+def test_fork_with_several_regions(where):
+    """Goal: regions of every delivery and backing at once, open files, closed ones, survive a fork."""
+    run_script("""
+with open("data", "wb") as file:
+    file.write(pattern(0, 16 * BLOCK).tobytes())
+from support.matrix import WHERES
+regions = []
+for each in WHERES:
+    if each.unavailable() is None:
+        regions.append(uffd.Region(None, providers.File("data"), **each.options))
+        regions.append(uffd.Region(16 * BLOCK, controlled()[0], **each.options))
+closed = region(BLOCK, controlled()[0])
+closed.close()
+def child():
+    assert closed.closed
+    for r in regions:
+        assert checked(r.address, 0, 16 * BLOCK) is None, r
+for _ in range(3):
+    assert in_child(child) == 0
+for r in regions:
+    assert checked(r.address, 0, 16 * BLOCK) is None, r
+""", where=where).check()
+
+
+def test_poison_in_the_child(where):
+    """Goal: a block that fails in the child kills the child with a message, not the parent."""
+    result = run_script("""
+provider, control = controlled()
+r = region(8 * BLOCK, provider, name="weights", readahead_bytes=0, retries=0)
+def child():
+    control.fail(3 * BLOCK, 4 * BLOCK, errno.EIO)
+    LIB.touch_sum(r.address + 3 * BLOCK, 1, 1)
+assert in_child(child) == -signal.SIGBUS
+assert checked(r.address, 0, 8 * BLOCK) is None
+""", where=where).check()
+    assert "weights" in result.stderr
+
+
+def test_poison_of_the_parent_stays_in_the_child(where):
+    run_script("""
+provider, control = controlled()
+control.fail(3 * BLOCK, 4 * BLOCK, errno.EIO)
+r = region(8 * BLOCK, provider, readahead_bytes=0, retries=0)
+try:
+    r.populate()
+except uffd.ProviderError:
+    pass
+control.fail_times = 0
+def touches():
+    LIB.touch_sum(r.address + 3 * BLOCK, 1, 1)
+def repairs():
+    r.populate()
+    assert checked(r.address, 0, 8 * BLOCK) is None
+code = in_child(touches)
+assert code in (0, -signal.SIGBUS), code
+assert in_child(repairs) == 0
+""", where=where).check()
+
+
+def test_children_write_apart(where):
+    """Goal: on anonymous memory parent and child write to copies of their own; on both, nobody reads zeros."""
+    run_script("""
+provider, control = controlled()
+r = region(8 * BLOCK, provider, readahead_bytes=0)
+a = r.array()
+a[0] = 1
+def child():
+    a[0] = 2
+    a[BLOCK] = 2
+    assert checked(r.address + 2 * BLOCK, 2 * BLOCK, 6 * BLOCK) is None
+assert in_child(child) == 0
+if WHERE.backing == "anon":
+    assert a[0] == 1 and a[BLOCK] == pattern(BLOCK, 1)[0]
+assert checked(r.address + 2 * BLOCK, 2 * BLOCK, 6 * BLOCK) is None
+""", where=where).check()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(where, method):
+    """Goal: a region handed to a process of each start method is served there: inherited, or made anew from its
+    recipe."""
+    run_script("""
+import multiprocessing
+def check(r, queue):
+    queue.put(checked(r.address, 0, 16 * BLOCK))
+if __name__ == "__main__":
+    with open("data", "wb") as file:
+        file.write(pattern(0, 16 * BLOCK).tobytes())
+    r = region(None, providers.File(os.path.abspath("data")))
+    a = r.array()
+    assert a[0] == pattern(0, 1)[0]
+    context = multiprocessing.get_context(sys.argv[1])
+    queue = context.Queue()
+    process = context.Process(target=check, args=(r, queue))
+    process.start()
+    assert queue.get(timeout=15) is None
+    process.join(10)
+    assert process.exitcode == 0
+    assert checked(r.address, 0, 16 * BLOCK) is None
+""", 40, where=where, argv=[method]).check()
+
+
+def test_pool_of_forked_workers(where):
+    run_script("""
+import multiprocessing
+provider, control = controlled()
+r = region(64 * BLOCK, provider)
+def check(block):
+    return checked(r.address + block * BLOCK, block * BLOCK, BLOCK)
+with multiprocessing.get_context("fork").Pool(3) as pool:
+    assert pool.map(check, range(64)) == [None] * 64
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where).check()
+
+
+def test_subprocess_during_faults(where):
+    """Goal: subprocesses start while threads touch; they inherit nothing of ours."""
+    run_script("""
+provider, control = controlled()
+control.delay_us = 100
+r = region(512 * BLOCK, provider)
+failed = []
+def touch():
+    if checked(r.address, 0, 512 * BLOCK) is not None:
+        failed.append(1)
+threads = [threading.Thread(target=touch) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(5):
+    done = subprocess.run(["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0
+    for ours in ("userfaultfd", "memfd", "eventpoll", "eventfd"):
+        assert ours not in done.stdout, done.stdout
+for thread in threads:
+    thread.join()
+assert not failed
+""", where=where).check()
+
+
+def test_fork_keeps_the_parents_descriptors_closed_in_the_child(where):
+    """Goal: a child holds no second handle of the parent's userfaultfd: else a fault of the parent could be read, and
+    lost, there. Method: inode by inode is not to be had for anonymous files, so count them by kind."""
+    run_script("""
+provider, control = controlled()
+r = region(8 * BLOCK, provider, readahead_bytes=0)
+LIB.touch_sum(r.address, 1, 1)
+kinds = leaks.fd_kinds()
+def child():
+    LIB.touch_sum(r.address, 8 * BLOCK, BLOCK)
+    mine = leaks.fd_kinds()
+    assert mine["anon_inode:[userfaultfd]"] <= kinds["anon_inode:[userfaultfd]"], (kinds, mine)
+for _ in range(3):
+    assert in_child(child) == 0
+assert leaks.fd_kinds() == kinds
+""", where=where).check()
+
+
+def test_matrix_is_tested_somewhere():
+    """Goal: a kernel on which no delivery works makes this suite say so, rather than pass empty."""
+    reasons = [where.unavailable() for where in matrix.WHERES]
+    assert None in reasons, reasons
