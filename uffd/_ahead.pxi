@@ -137,15 +137,18 @@ cdef void ahead_note(Slot *s, Region_t *r, int64_t b) noexcept nogil:
     """A touch waits, or waited, for block b: continue the pattern it belongs to, or look for a new one.
 
     A pattern is a constant stride in blocks (negative ones too), first believed when three touches among the last
-    HISTORY fit it. Its window is a sixth of what it has proved so far, at least 4 blocks and at most ahead_blocks, so
-    that what is read in vain when it stops stays a small part of what was used. A pattern that is not met again asks
-    for nothing more.
+    HISTORY fit it, in their order. Until PROVEN have fitted it asks for one block at a time, on credit: random touches look
+    like patterns for a while, and soon have none left. Then it asks for an eighth of what it has proved so far, at least
+    4 blocks and at most ahead_blocks: what is read in vain when it stops stays a small part of what was used. A pattern
+    that is not met again asks for nothing more.
     """
     cdef Stream *st
     cdef int i
     if r.ahead_blocks == 0 or not u32_cas(&r.ahead_lock, 0, 1):
         return
     r.clock += 1
+    if r.clock & 31 == 0 and r.credit < CREDIT:
+        r.credit += 1
     for i in range(STREAMS):
         st = &r.stream[i]
         if st.stride != 0 and stream_meets(st, b):
@@ -172,12 +175,20 @@ cdef void stream_extend(Slot *s, Region_t *r, Stream *st, int64_t b) noexcept no
     st.stamp = r.clock
     if st.next == b:
         st.next = b + st.stride
-    window = st.confirmed / 6
+    r.credit = r.credit + st.owed if r.credit + st.owed < CREDIT else CREDIT
+    st.owed = 0
+    ahead = <uint64_t>((st.next - b) / st.stride) - 1
+    if st.confirmed < PROVEN:
+        if ahead == 0 and r.credit:
+            r.credit -= 1
+            st.owed = 1
+            stream_ask(s, r, st, 1)
+        return
+    window = st.confirmed / 8
     if window < 4:
         window = 4
     if window > r.ahead_blocks:
         window = r.ahead_blocks
-    ahead = <uint64_t>((st.next - b) / st.stride) - 1
     if ahead * 2 <= window:
         stream_ask(s, r, st, window - ahead)
 
@@ -207,14 +218,14 @@ cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogi
 
 
 cdef void stream_look(Slot *s, Region_t *r, int64_t b) noexcept nogil:
-    """Is there a d with b - d and b - 2 d among the last touches? The nearest touch is tried first."""
+    """Is there a d with b - d among the last touches, and b - 2 d before it? The latest touch is tried first."""
     cdef int i, j
     cdef int64_t d
     for i in range(1, HISTORY + 1):
         d = b - r.history[(r.history_at - i) & (HISTORY - 1)]
         if d == 0 or d > 64 or d < -64:
             continue
-        for j in range(1, HISTORY + 1):
+        for j in range(i + 1, HISTORY + 1):
             if r.history[(r.history_at - j) & (HISTORY - 1)] == b - 2 * d:
                 stream_start(s, r, b, d)
                 return
@@ -231,6 +242,7 @@ cdef void stream_start(Slot *s, Region_t *r, int64_t b, int64_t stride) noexcept
     st.last = b - stride
     st.next = b
     st.confirmed = 2
+    st.owed = 0
     stream_extend(s, r, st, b)
 
 
@@ -364,7 +376,7 @@ cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, 
             return                          # the keeper has ended this piece in our place
         b += got
         if err != 0:
-            job_fail(e, j, err, s.first, s.tries)
+            job_fail(e, j, err, s.failed, s.tries)
     s.job = NULL
     job_piece_done(e, j)
 

@@ -298,6 +298,29 @@ cdef class Region:
                 wait_for_word(r, b, word, timeout_ns)
                 region_release(r)
 
+    def _make_writable(self, runs):
+        """Lifts the write protection of the resident blocks of runs, as if they had been written: for a write by the
+        kernel where its faults are not served."""
+        cdef Region_t *r = _live(self)
+        cdef Py_buffer view
+        cdef int64_t *pair
+        cdef uint64_t i, b
+        cdef uint32_t n
+        cdef Slot *s
+        PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
+        _hold(r)
+        with nogil:
+            pair = <int64_t *>view.buf
+            s = inline_borrow(r.engine)
+            for i in range(<uint64_t>view.len // 16):
+                b = <uint64_t>pair[2 * i]
+                while b < <uint64_t>pair[2 * i + 1]:
+                    n = lift_run(s, r, b, <uint32_t>MAX_RUN)
+                    b += n if n else 1
+            inline_return(r.engine, s)
+            region_release(r)
+        PyBuffer_Release(&view)
+
     def _poison_of(self, uint64_t b):
         """(errno, tries, beyond repair) of a poisoned block, (0, 0, False) of any other."""
         cdef Region_t *r = _live(self)
@@ -408,6 +431,7 @@ cdef int _prepare(Region_t *r, bint shared) except? -1000:
     r.memfd = -1
     r.poison = has(UF_FEATURE_POISON)
     r.zeropage = True
+    r.credit = CREDIT
     r.nested = r.fill.kind == FILL_DIRECT and region_overlaps(<uint64_t>r.fill.direct, r.nbytes)
     if shared:
         r.protect = r.writable and has(UF_FEATURE_WP_HUGETLBFS_SHMEM)

@@ -29,6 +29,8 @@ cdef enum:
     BUCKETS = 40                # log2 of nanoseconds, up to 18 minutes
     STREAMS = 8                 # access patterns that read-ahead follows at once, per region
     HISTORY = 16                # demand faults among which a new pattern is looked for
+    CREDIT = 4                  # the most of it; earned back by patterns that prove true, and one per 32 touches
+    PROVEN = 6                  # touches that fit, after which a pattern is believed
     RING = 512                  # pieces of read-ahead, or handed-off faults, that may be queued
     ERRORS = 64                 # failed blocks whose number of tries is remembered
 
@@ -90,6 +92,7 @@ cdef struct Stream:             # one access pattern; under the region's ahead_l
     int64_t next                # the first that has not been asked for ahead
     uint64_t confirmed          # blocks of the pattern that were reached
     uint64_t stamp              # for replacing the least recently used
+    uint64_t owed               # blocks asked for on credit, before the pattern had proved itself
 
 cdef struct BlockError:
     uint64_t block
@@ -136,6 +139,7 @@ cdef struct Region_t:
     uint32_t history_at
     uint64_t ahead_blocks       # the largest window
     uint64_t clock
+    uint64_t credit             # blocks that unproven patterns may still ask for
     int64_t history[HISTORY]
     Stream stream[STREAMS]
     BlockError error[ERRORS]    # the block's number modulo ERRORS; written by who fails it, before POISONED
@@ -158,6 +162,7 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint32_t repair             # pages of the run may be there already: fill aside, place page by page
     uint32_t tries
     int32_t last_error
+    uint64_t failed             # the first block of the run that failed for good
     uint64_t since_ns           # 0: nothing in flight
     uint64_t said_ns            # when the keeper last told the user about this fill
     # the worker

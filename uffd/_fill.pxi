@@ -428,9 +428,12 @@ cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept 
 cdef int fail_run(Slot *s, Region_t *r, int err) noexcept nogil:
     """Gives up the blocks of the run that are still owned: poisoned for a touch, missing again for anybody else."""
     cdef uint64_t b
+    s.failed = s.first + s.count
     critical_enter(s)
     for b in range(s.first, s.first + s.count):
         if owned(s, r, b):
+            if s.failed > b:
+                s.failed = b
             fail_block(s, r, b, err, s.tries, 0)
     critical_leave(s)
     return err

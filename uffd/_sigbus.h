@@ -72,21 +72,34 @@ static inline int fault_was_write(const void *context)
 #endif
 }
 
-static inline void bus_default_and_die(void)
+/* The thread that is inside the handler before us, or 0: coming back here from there is its way to die. */
+static uint32_t bus_chained_tid;
+
+/* A fault: the instruction runs again and the kernel ends the process. A signal that was sent has to be sent again. */
+static inline void bus_default_and_die(const siginfo_t *info)
 {
     struct sigaction d = { .sa_handler = SIG_DFL };
-    sigaction(SIGBUS, &d, NULL);                 /* the instruction runs again and the kernel ends the process */
+    sigaction(SIGBUS, &d, NULL);
+    if (info->si_code <= 0)
+        raise(SIGBUS);
 }
 
 static inline void bus_call_chain(int number, siginfo_t *info, void *context)
 {
     const struct sigaction *next = &bus_chain[u32_load(&bus_chain_index)];
+    uint32_t before = u32_load(&bus_chained_tid), mine = (uint32_t)thread_id();
+    if (before == mine) {                        /* faulthandler puts back whom it replaced, us, and raises */
+        bus_default_and_die(info);
+        return;
+    }
+    u32_store(&bus_chained_tid, mine);
     if (next->sa_flags & SA_SIGINFO)
         next->sa_sigaction(number, info, context);
-    else if (next->sa_handler == SIG_DFL || next->sa_handler == SIG_IGN)
-        bus_default_and_die();                   /* a synchronous SIGBUS can't be ignored: the kernel forces it */
-    else
+    else if (next->sa_handler == SIG_DFL || (next->sa_handler == SIG_IGN && info->si_code > 0))
+        bus_default_and_die(info);               /* a fault can't be ignored: the kernel would force the default */
+    else if (next->sa_handler != SIG_IGN)
         next->sa_handler(number);
+    u32_store(&bus_chained_tid, before);
 }
 
 static void bus_handler(int number, siginfo_t *info, void *context)
@@ -95,12 +108,10 @@ static void bus_handler(int number, siginfo_t *info, void *context)
     int verdict = BUS_NOT_OURS;
     if (info->si_code > 0)                       /* <= 0: sent by kill, raise or sigqueue */
         verdict = bus_deliver((uint64_t)(uintptr_t)info->si_addr, fault_was_write(context));
-    if (verdict != BUS_SERVED) {
+    if (verdict != BUS_SERVED)
         bus_call_chain(number, info, context);
-        /* A handler that only takes note would come back to the poisoned address for ever. */
-        if (verdict == BUS_POISONED)
-            bus_default_and_die();
-    }
+    if (verdict == BUS_POISONED)                 /* one that only takes note would be back here for ever */
+        bus_default_and_die(info);
     errno = saved;
 }
 

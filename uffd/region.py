@@ -129,9 +129,18 @@ class Region(_core.Region):
 
     @contextmanager
     def pinned(self, where: Where = None) -> Iterator[Region]:
-        """A context in which `where` is resident and stays so: any system call on it works, in every mode."""
-        self.populate(where)
+        """A context in which `where` is resident and stays so: any system call on it works, in every mode.
+
+        Where the kernel's own accesses to missing or protected pages are not served (inline delivery, user mode), its
+        blocks count as written from here on, unless `where` is a read-only view.
+        """
+        self._pin(self._runs(where), not isinstance(where, np.ndarray) or where.flags.writeable)
         yield self
+
+    def _pin(self, runs: np.ndarray, writable: bool) -> None:
+        self._populate(runs, None)
+        if writable and self.mode != "r" and (self.delivery == "inline" or require_userfaultfd() != "full"):
+            self._make_writable(np.ascontiguousarray(runs, np.int64))
 
     def _runs(self, where: Where) -> np.ndarray:
         self._check_open()
@@ -314,9 +323,9 @@ def prefetch(array: np.ndarray, key: Any = ...) -> Prefetch:
 
 @contextmanager
 def pinned(view: np.ndarray) -> Iterator[np.ndarray]:
-    """A context in which `view` is resident and stays so: safe in any system call, in every mode. ProviderError."""
+    """A context in which `view` is resident and stays so: safe in any system call, in every mode. See Region.pinned."""
     region = region_of(view)
-    region._populate(_key_runs(region, view, ...), None)
+    region._pin(_key_runs(region, view, ...), view.flags.writeable)
     yield view
 
 

@@ -4,10 +4,12 @@ regions."""
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import importlib.util
 import operator
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,13 @@ class File(_NativeProvider):
     def __init__(self, path: str | os.PathLike[str], offset: int = 0, *, direct: bool = False) -> None:
         offset = operator.index(offset)
         name = os.fspath(path)
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+        # O_NONBLOCK: opening a FIFO would wait for a writer
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if direct else 0))
         try:
+            kind = os.fstat(fd).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+                number = errno.EISDIR if stat.S_ISDIR(kind) else errno.ESPIPE
+                raise OSError(number, "File needs a regular file or a block device", os.fsdecode(name))
             size = os.lseek(fd, 0, os.SEEK_END)  # block devices have no st_size
             if not 0 <= offset <= size:
                 raise ValueError(f"{name}: offset {offset} is outside the file of {size} bytes")
@@ -161,6 +168,8 @@ def _function_address(function: Any) -> tuple[int, int]:
         if any(type(kept).__name__ == "CThunkObject" for kept in (function._objects or {}).values()):
             raise TypeError("a ctypes function that wraps Python code needs the interpreter lock, which the touching "
                             "thread may hold: it would hang. Compile it (Cython, C, Numba @cfunc)")
+        if function._flags_ & 4:                 # FUNCFLAG_PYTHONAPI: of a PyDLL
+            raise TypeError("a function of a ctypes.PyDLL needs the interpreter lock, which the touching thread may hold")
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
         return _not_null(address), 0
     if isinstance(function, ctypes.c_void_p):
