@@ -43,6 +43,7 @@ DIRECTIVES = {
     "embedsignature": True,
     "binding": True,
     "show_performance_hints": True,
+    "autotestdict": False,  # no __test__ in the module: there are no doctests in it
 }
 
 

@@ -367,8 +367,12 @@ def test_native_cast_of_a_ctypes_function(make):
     region.close()
 
 
-def test_native_from_scipy(make):
-    scipy = pytest.importorskip("scipy", reason="scipy is not installed")
+@pytest.fixture(scope="module")
+def scipy():
+    return pytest.importorskip("scipy", reason="scipy is not installed")
+
+
+def test_native_from_scipy(make, scipy):
     function = library().fill_control
     control = native.Control(seed=3)
     callable_ = scipy.LowLevelCallable(function, ctypes.cast(ctypes.pointer(control), ctypes.c_void_p))
@@ -377,19 +381,24 @@ def test_native_from_scipy(make):
     region.close()
 
 
-def test_native_from_numba(make):
-    """Goal: a Numba @cfunc, which runs without the interpreter, is a provider."""
+@pytest.fixture(scope="module")
+def numba_fill():
+    """Made once: the compiler's threads and mappings stay."""
     numba = pytest.importorskip("numba", reason="numba is not installed")
     types = numba.types
-    signature = types.intc(types.voidptr, types.uint64, types.CPointer(types.uint8), types.uintp)
 
-    @numba.cfunc(signature, nopython=True)
+    @numba.cfunc(types.intc(types.voidptr, types.uint64, types.CPointer(types.uint8), types.uintp), nopython=True)
     def fill(self, offset, block, nbytes):
         for index in range(nbytes):
             block[index] = (offset + index) * 7 % 251
         return 0
 
-    region = make(NBYTES, providers.Native(fill, inline_safe=True))
+    return fill
+
+
+def test_native_from_numba(make, numba_fill):
+    """Goal: a Numba @cfunc, which runs without the interpreter, is a provider."""
+    region = make(NBYTES, providers.Native(numba_fill, inline_safe=True))
     assert_content(region, (np.arange(NBYTES, dtype="u8") * 7 % 251).astype("u1"))
     region.close()
 

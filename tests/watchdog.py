@@ -11,6 +11,7 @@ import sys
 import time
 
 DUMP_GRACE_S = 1.5
+THREADS_SHOWN = 40
 
 
 def children_of():
@@ -41,7 +42,7 @@ def descendants(pid):
 
 def thread_lines(pid):
     """One line per thread of pid: its name, state and what it waits for in the kernel."""
-    for task in sorted(os.listdir(f"/proc/{pid}/task")):
+    for task in sorted(os.listdir(f"/proc/{pid}/task"), key=int)[:THREADS_SHOWN]:
         texts = []
         for name in ("comm", "wchan", "syscall"):
             try:

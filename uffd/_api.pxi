@@ -9,7 +9,7 @@
 
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport Py_INCREF
+from cython cimport no_gc_clear
 import errno as _errno
 import os as _os
 
@@ -70,6 +70,11 @@ def mode():
     if err != 0:
         return "none", -err
     return ("user" if known_way == UF_WAY_USER else "full"), 0
+
+
+def supports(str feature):
+    """Whether regions may use a kernel feature, by its name in FEATURES."""
+    return bool(known_features & ~masked_features & <uint64_t>FEATURES[feature])
 
 
 def mask(features=0, way=None):
@@ -140,6 +145,7 @@ cdef class Engine:
                 [[self.e.closed.stage[h][k] for k in range(BUCKETS)] for h in range(STAGES)])
 
 
+@no_gc_clear                    # the engine must outlive the region, also in a cycle that is collected
 cdef class Region:
     """Memory that the engine serves, exported as a writable (or read-only) buffer of bytes. The public uffd.Region
     holds one; so does every array, through the memoryview that is its base."""
@@ -376,16 +382,21 @@ cdef class Region:
         return job
 
 
+@no_gc_clear
 cdef class Job:
     """A queued prefetch or populate."""
     cdef Job_t *j
     cdef Engine engine
 
     def __dealloc__(self):
-        if self.j != NULL and self.engine is not None and self.engine.e != NULL:
-            pthread_mutex_lock(&self.engine.e.job_lock)
-            job_release(self.j)
-            pthread_mutex_unlock(&self.engine.e.job_lock)
+        cdef Engine_t *e = self.engine.e
+        if self.j == NULL:
+            return
+        if e != NULL:
+            pthread_mutex_lock(&e.job_lock)
+        job_release(self.j)
+        if e != NULL:
+            pthread_mutex_unlock(&e.job_lock)
 
     def done(self):
         return bool(u32_load(&self.j.done))
@@ -472,7 +483,11 @@ cdef bint _bury(Region region, uint64_t patience_ns):
     cdef Region_t *r = region.r
     cdef int left
     cdef Grave grave
+    cdef Engine engine = region.engine      # a closed region that is still referenced keeps nothing else
+    cdef Filler filler = region.filler
     region.r = NULL
+    region.engine = None
+    region.filler = None
     with nogil:
         left = region_shut(r, patience_ns)
     if left == 0 and r.stuck == 0:
@@ -480,12 +495,13 @@ cdef bint _bury(Region region, uint64_t patience_ns):
         return True
     grave = Grave()
     grave.r = r
-    grave.engine = region.engine
-    grave.filler = region.filler
+    grave.engine = engine
+    grave.filler = filler
     graveyard.append(grave)
     return False
 
 
+@no_gc_clear
 cdef class Grave:
     """What a closed region in somebody's hands still needs."""
     cdef Region_t *r

@@ -47,7 +47,7 @@ cdef enum:                      # the state of a block: the low bits of its word
     FROM_PARENT = 64            # in a forked child, shared backing: the bytes are in the parent's pages, not the provider
     OWNER_SHIFT = 8
     OWNER_MASK = 0x3ff
-    GENERATION_SHIFT = 18       # 14 bits, one more at each claim: a late completion knows that it is late
+    GENERATION_SHIFT = 18       # 14 bits, one more at each claim: no word comes back while somebody still compares with it
     GENERATION_ONE = 1 << 18
 
 cdef enum:                      # why a block is filled
@@ -129,7 +129,6 @@ cdef struct Region_t:
     # seen by several threads
     uint32_t refs               # who uses it now; it is torn down at 0
     uint32_t closing
-    uint32_t parked             # faults were dropped to be asked again later (they are woken when set)
     uint32_t stuck              # references held by workers whose fill hangs for good
     uint32_t in_child           # after a fork, shared backing: alias holds the parent's dirty blocks
     uint32_t gone               # torn down: what Python kept alive for it may go
@@ -155,6 +154,8 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     char *staging               # private page buffers, staging_bytes of them
     # the run in flight: written by the owner inside `critical`, read by the keeper and by a forked child
     uint64_t region_id
+    Region_t *region            # held by the owner's reference for as long as since_ns is not 0
+    uint64_t deadline_ns        # when the keeper may take the run away
     uint64_t first
     uint32_t count
     uint32_t cause
@@ -170,6 +171,8 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     int wake_fd
     uint32_t armed
     uint32_t sample
+    uint32_t turns
+    uint64_t last_id            # of the region that the last fault came from
     uint64_t served             # messages; read by others for placement, relaxed
     uint64_t empty              # wake-ups that found nothing
     uint64_t reviewed           # `served` at the last review of placement
@@ -248,6 +251,7 @@ cdef enum:
     RUN_BYTES = 512 * 1024      # of one fill: staging that stays in the second-level cache
     PIECE_BYTES = 256 * 1024    # of read-ahead and prefetch between two looks for demand
     MAX_BLOCK_BYTES = 16 << 20
+    STAND_IN_MS = 50            # a stand-in is not woken for work, it looks; so its descriptors can go with it
     EVENT_WAKE = 1              # epoll data of a worker's own set
     EVENT_FAULTS = 2
 
@@ -258,17 +262,19 @@ cdef void *worker_main(void *argument) noexcept nogil:
     """A worker thread: faults first, then one piece of other work, then faults again."""
     cdef Slot *s = <Slot *>argument
     cdef Engine_t *e = s.engine
-    cdef bint more = False
+    cdef bint more = False, stand_in = s.index >= e.workers
     s.tid = thread_id()
     while not u32_load(&e.stopping) and u32_load(&s.kind) == SLOT_WORKER:
-        if not more:
-            announce_idle(e, s)
-            if work_waits(e):               # queued before we were seen to be idle
-                more = True
-        wait_for_faults(e, s, 0 if more else -1)
-        withdraw_idle(e, s)
+        if stand_in:
+            wait_for_faults(e, s, 0 if more else STAND_IN_MS)
+        else:
+            if not more:
+                announce_idle(e, s)
+                more = work_waits(e)        # queued before we were seen to be idle
+            wait_for_faults(e, s, 0 if more else -1)
+            withdraw_idle(e, s)
         more = serve_one_piece(e, s)
-        if s.index >= e.workers and not more and stand_in_leaves(e):
+        if stand_in and not more and stand_in_leaves(e):
             worker_ends(s)
             return NULL
     worker_ends(s)
@@ -286,21 +292,26 @@ cdef void wait_for_faults(Engine_t *e, Slot *s, int timeout_ms) noexcept nogil:
             eventfd_clear(s.wake_fd)
     for i in range(n):
         if event[i] == EVENT_FAULTS:
+            s.turns += 1
+            if s.turns & 15 and serve_region(s, s.last_id):
+                return                      # most faults come from where the last one came from: one call less
             n = epoll_take(e.faults_fd, ids, 16, 0)
             for i in range(n):
                 serve_region(s, ids[i])
             return
 
 
-cdef void serve_region(Slot *s, uint64_t region_id) noexcept nogil:
-    """One read of a region's uffd: as many messages as wait there, up to BATCH. What is left is reported again."""
+cdef bint serve_region(Slot *s, uint64_t region_id) noexcept nogil:
+    """One read of a region's uffd: as many messages as wait there, up to BATCH. What is left is reported again.
+    Whether there were any."""
     cdef uf_msg message[BATCH]
     cdef Region_t *r = region_acquire(region_id)
     cdef int n
     if r == NULL:
-        return                              # closed since the event
-    n = uf_read(r.fd, message, BATCH)
+        return False                        # closed since the event
+    n = uf_read(r.fd, message, BATCH) if not r.is_inline else 0
     if n > 0:
+        s.last_id = region_id
         follow_faulter(s, message[0].ptid)
         serve_messages(s, r, message, n)
     elif n < 0:
@@ -308,6 +319,7 @@ cdef void serve_region(Slot *s, uint64_t region_id) noexcept nogil:
     else:
         u64_add(&s.empty, 1)                # another worker was faster
     region_release(r)
+    return n > 0
 
 
 cdef void serve_messages(Slot *s, Region_t *r, uf_msg *message, int n) noexcept nogil:
@@ -416,7 +428,7 @@ cdef void demand_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint write, u
                 uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
                 b += 1
             continue
-        stage(s, r, H_QUEUE, now_ns() - t0)
+        stage(s, r, H_QUEUE, s.since_ns - t0)
         finish_run(s, r)
         ahead_note(s, r, <int64_t>(b + got - 1))
         b += got
@@ -449,7 +461,7 @@ cdef void follow_faulter(Slot *s, uint32_t tid) noexcept nogil:
     cdef Slot *other
     cdef uint32_t i
     cdef int cpu
-    if not e.follow:
+    if not e.follow or s.index >= e.workers:
         return
     s.sample += 1
     if s.sample & 63 == 0:
@@ -458,7 +470,7 @@ cdef void follow_faulter(Slot *s, uint32_t tid) noexcept nogil:
             other = &e.slots[i]
             if other.cpu == cpu and not u32_load(&other.armed):
                 arm(e, other)
-    if s.sample & 255 == 0:
+    if s.sample & 255 == 0 and u32_load(&s.armed):
         review_placement(e, s)
 
 
@@ -481,11 +493,29 @@ cdef void review_placement(Engine_t *e, Slot *s) noexcept nogil:
 
 
 cdef void arm(Engine_t *e, Slot *s) noexcept nogil:
+    """Flag and epoll set change together, under `placing`: else a review could disarm the last one that listens."""
+    while not u32_cas(&e.placing, 0, 1):
+        cpu_relax()
     if u32_cas(&s.armed, 0, 1):
         epoll_watch(s.epoll_fd, e.faults_fd, EVENT_FAULTS)
+    u32_store(&e.placing, 0)
+
+
+cdef void arm_another(Engine_t *e, Slot *s) noexcept nogil:
+    """Before a fill that may take long: somebody else that is free must listen."""
+    cdef Slot *idle = NULL
+    cdef uint32_t i
+    for i in range(e.workers):
+        if &e.slots[i] != s and u32_load(&e.slots[i].phase) == IDLE and u32_load(&e.slots[i].kind) == SLOT_WORKER:
+            if u32_load(&e.slots[i].armed):
+                return
+            idle = &e.slots[i]
+    if idle != NULL:
+        arm(e, idle)
 
 
 cdef void disarm(Engine_t *e, Slot *s) noexcept nogil:
+    """Under `placing`."""
     if u32_cas(&s.armed, 1, 0):
         epoll_ctl(s.epoll_fd, EPOLL_CTL_DEL, e.faults_fd, NULL)
 

@@ -15,7 +15,7 @@ WITHOUT = {  # feature -> (first kernel, what is lost without it)
     "MISSING_SHMEM": ("4.11", "no backing 'shared'"),
     "MINOR_SHMEM": ("5.14", "backing 'shared' copies each block"),
     "WP_HUGETLBFS_SHMEM": ("5.19", "blocks of backing 'shared' that were read count as dirty"),
-    "POISON": ("6.6", "a failed fill ends in a plain SIGBUS, and a system call may wait for its time-out"),
+    "POISON": ("6.6", "a touch of a block whose fill failed ends in SIGSEGV, not in SIGBUS"),
 }
 
 

@@ -157,6 +157,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         n += 1
     if n:
         s.region_id = r.id
+        s.region = r
         s.first = b
         s.count = n
         s.cause = cause
@@ -165,7 +166,8 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         s.tries = 0
         s.last_error = 0
         s.said_ns = 0
-        u64_store(&s.since_ns, now_ns())
+        s.deadline_ns = now_ns() + r.timeout_ns
+        u64_store(&s.since_ns, s.deadline_ns - r.timeout_ns)
         u32_store(&s.phase, BUSY)
     critical_leave(s)
     return n
@@ -183,6 +185,8 @@ cdef int finish_run(Slot *s, Region_t *r) noexcept nogil:
     err = attempt(s, r, s.first, s.count)
     if err != 0 and err != LATE:
         err = retry_run(s, r, err)
+    while err == LATE and u32_load(&s.kind) != SLOT_RETIRED:
+        sched_yield()                       # the keeper is still answering for the run
     if r.fill.may_block:
         leave_blocking(s)
     if err == LATE:
@@ -190,13 +194,10 @@ cdef int finish_run(Slot *s, Region_t *r) noexcept nogil:
         return -ETIMEDOUT                   # the keeper has answered for the run; this worker is retired
     u64_store(&s.since_ns, 0)
     u32_store(&s.phase, IDLE)
-    if err == 0 and u32_load(&r.parked) and u32_swap(&r.parked, 0):
-        uf_wake(r.fd, <uint64_t>r.base, r.span)
     return err
 
 
 cdef int retry_run(Slot *s, Region_t *r, int err) noexcept nogil:
-    cdef uint64_t deadline = s.since_ns + r.timeout_ns
     cdef uint64_t pause = 1000000, b, now
     cdef uint32_t left = s.count
     cdef bint split = s.count > 1
@@ -206,7 +207,7 @@ cdef int retry_run(Slot *s, Region_t *r, int err) noexcept nogil:
         s.last_error = err
         if not split:
             now = now_ns()
-            if gives_up(s, r, now + pause >= deadline):
+            if gives_up(s, r, now + pause >= s.deadline_ns):
                 return fail_run(s, r, err)
             futex_wait(&r.closing, 0, pause)
             pause = pause * 4 if pause < 250000000 else SECOND_NS
@@ -239,7 +240,7 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
     """One try at blocks [b, b+n) of the slot's run: 0 and published, or -errno and still FILLING."""
     cdef uint64_t offset = b << r.shift, nbytes = run_bytes(r, b, n)
     cdef const char *source = NULL
-    cdef uint64_t t0 = now_ns(), t1
+    cdef uint64_t t0 = now_ns() if s.tries else s.since_ns, t1
     cdef int err = obtain(s, r, offset, nbytes, &source)
     t1 = now_ns()
     stage(s, r, H_FILL, t1 - t0)
@@ -318,6 +319,7 @@ cdef int place_run(Region_t *r, int op, uint64_t start, uint64_t source, uint64_
     cdef uint64_t at = 0, deadline = 0
     cdef int64_t done
     cdef int err, mixed = 0
+    cdef unsigned int tries = 0
     while at < len:
         done = 0
         if op == OP_COPY:
@@ -341,7 +343,8 @@ cdef int place_run(Region_t *r, int op, uint64_t start, uint64_t source, uint64_
                 deadline = now_ns() + SECOND_NS
             elif now_ns() > deadline:
                 return err
-            sched_yield()
+            nap(tries)
+            tries += 1
         else:
             return err
     return mixed
@@ -370,7 +373,6 @@ cdef int place_around(Region_t *r, uint64_t start, uint64_t span, const char *so
 cdef uint32_t lift_run(Slot *s, Region_t *r, uint64_t b, uint32_t most) noexcept nogil:
     """CLEAN > UNPROTECTING > DIRTY for the blocks from b on, at most `most`; how many. One ioctl; it wakes writers."""
     cdef uint32_t n = 0, word
-    cdef uint64_t start = <uint64_t>(r.base + (b << r.shift)), deadline = 0
     critical_enter(s)
     while n < most:
         word = u32_load(&r.state[b + n])
@@ -379,16 +381,26 @@ cdef uint32_t lift_run(Slot *s, Region_t *r, uint64_t b, uint32_t most) noexcept
         if u32_cas(&r.state[b + n], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
             n += 1
     if n:
-        while r.protect and uf_writeprotect(
-                r.fd, start, ((<uint64_t>n - 1) << r.shift) + block_span(r, b + n - 1), 0) == -EAGAIN:
-            if deadline == 0:
-                deadline = now_ns() + SECOND_NS
-            elif now_ns() > deadline:
-                break                       # the writer faults again, and it is tried again
-            sched_yield()
+        if r.protect:
+            unprotect(r, b, n)
         publish(r, b, n, DIRTY)
     critical_leave(s)
     return n
+
+
+cdef void unprotect(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
+    """Lifts the protection of blocks [b, b+n). A kernel that refuses for a second leaves the writer no way on."""
+    cdef uint64_t start = <uint64_t>(r.base + (b << r.shift)), deadline = now_ns() + SECOND_NS
+    cdef uint64_t len = ((n - 1) << r.shift) + block_span(r, b + n - 1)
+    cdef unsigned int tries = 0
+    cdef int err = uf_writeprotect(r.fd, start, len, 0)
+    while err != 0 and err != -ENOENT:      # ENOENT: the program unmapped it; there is nothing to write to
+        if now_ns() > deadline:
+            say_stuck(r, b, err)
+            bus_die()
+        nap(tries)
+        tries += 1
+        err = uf_writeprotect(r.fd, start, len, 0)
 
 
 cdef bint block_present(Region_t *r, uint64_t b) noexcept nogil:
@@ -509,6 +521,15 @@ cdef uint32_t tries_of(Region_t *r, uint64_t b) noexcept nogil:
     if r.error[b & (ERRORS - 1)].block == b:
         return r.error[b & (ERRORS - 1)].tries
     return r.retries + 1                    # its note was overwritten by another block's
+
+
+cdef void say_stuck(Region_t *r, uint64_t b, int err) noexcept nogil:
+    cdef line l
+    l.n = 0
+    describe_block(&l, r, b)
+    line_text(&l, b"is written to, and the kernel does not lift its write protection: ")
+    line_errno(&l, -err)
+    line_say(&l)
 
 
 cdef void say_own_region(Region_t *r, uint64_t b) noexcept nogil:

@@ -181,6 +181,9 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
         if state == POISONED:
             say_poison(r, b)
             return BUS_POISONED
+        if state == FILLING and filled_here(r, word):
+            say_own_region(r, b)
+            return BUS_POISONED
         if u32_load(&r.closing):
             return BUS_NOT_OURS             # its memory is about to go: the program used it after closing it
         if not r.is_inline:
@@ -253,15 +256,15 @@ cdef int inline_present(Region_t *r, uint64_t b, int write, uint32_t state) noex
     return verdict
 
 
+cdef bint filled_here(Region_t *r, uint32_t word) noexcept nogil:
+    """Whether the block of this FILLING word is being filled by the very thread that asks: it would wait for itself."""
+    cdef Slot *owner = &r.engine.slots[((word >> OWNER_SHIFT) & OWNER_MASK) - 1]
+    return u32_load(&owner.tid) == <uint32_t>thread_id()
+
+
 cdef int inline_wait(Region_t *r, uint64_t b, uint32_t word) noexcept nogil:
-    """Somebody is at it: wait for the word, unless that somebody is this very thread."""
-    cdef Slot *owner
+    """Somebody else is at it: wait for the word."""
     cdef Slot *s
-    if word & STATE_MASK == FILLING:
-        owner = &r.engine.slots[((word >> OWNER_SHIFT) & OWNER_MASK) - 1]
-        if u32_load(&owner.tid) == <uint32_t>thread_id():
-            say_own_region(r, b)
-            return BUS_POISONED
     if word & WAITERS == 0:
         s = inline_borrow(r.engine)
         ahead_note(s, r, <int64_t>b)

@@ -63,6 +63,8 @@ cdef int region_listen(Region_t *r) noexcept nogil:
     if r.memfd >= 0 and not r.in_child:
         want |= UF_FEATURE_MISSING_SHMEM
     r.fd = uf_open(known_way)
+    if r.fd < 0 and uffd_discover() == 0:
+        r.fd = uf_open(known_way)           # privileges were dropped since the first one
     if r.fd < 0:
         return r.fd
     err = uf_api(r.fd, &want, &ioctls)
@@ -319,19 +321,25 @@ cdef int worker_start(Engine_t *e, Slot *s, int cpu) noexcept nogil:
 
 
 cdef void worker_ends(Slot *s) noexcept nogil:
-    """The slot's descriptors go; its buffer stays for the next one."""
-    if s.epoll_fd >= 0:
-        close(s.epoll_fd)
-    if s.wake_fd >= 0:
-        close(s.wake_fd)
-    s.epoll_fd = -1
-    s.wake_fd = -1
+    """Its buffer stays for the next one. Descriptors of base workers stay until the engine is freed: somebody may be
+    about to raise them."""
+    if s.index >= s.engine.workers:
+        slot_close(s)
     s.since_ns = 0
     s.phase = IDLE
     s.job = NULL
     s.tid = 0
     if u32_swap(&s.kind, SLOT_FREE) == SLOT_RETIRED:
         u32_add(&s.engine.alive, 1)         # it was counted out when it was given up
+
+
+cdef void slot_close(Slot *s) noexcept nogil:
+    if s.epoll_fd >= 0:
+        close(s.epoll_fd)
+    if s.wake_fd >= 0:
+        close(s.wake_fd)
+    s.epoll_fd = -1
+    s.wake_fd = -1
 
 
 cdef void worker_leaves(Engine_t *e) noexcept nogil:
@@ -365,8 +373,8 @@ cdef bint engine_stop(Engine_t *e) noexcept nogil:
     if e.keeper_fd >= 0:
         eventfd_raise(e.keeper_fd)
     while now_ns() < deadline:
-        for i in range(<uint32_t>MAX_WORKERS):
-            if e.slots[i].kind == SLOT_WORKER and e.slots[i].wake_fd >= 0:
+        for i in range(e.workers):
+            if e.slots[i].wake_fd >= 0:
                 eventfd_raise(e.slots[i].wake_fd)
         alive = u32_load(&e.alive)
         if alive == 0 and u32_load(&e.keepers) == 0:
@@ -384,6 +392,7 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
     cdef uint32_t i
     if e.slots != NULL:
         for i in range(<uint32_t>MAX_SLOTS):
+            slot_close(&e.slots[i])
             if e.slots[i].staging != NULL:
                 munmap(e.slots[i].staging, MAX_BLOCK_BYTES)
         munmap(e.slots, page_round(MAX_SLOTS * sizeof(Slot)))
@@ -402,6 +411,8 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
 cdef void enter_blocking(Slot *s) noexcept nogil:
     """A worker goes into a fill that can take long. The last free one calls the keeper to look often."""
     cdef Engine_t *e = s.engine
+    if e.follow:
+        arm_another(e, s)
     if s.kind == SLOT_WORKER and u32_add(&e.busy, 1) + 1 >= u32_load(&e.alive):
         if u32_cas(&e.keeper_alert, 0, 1):
             eventfd_raise(e.keeper_fd)
@@ -474,29 +485,49 @@ cdef void stand_in_start(Engine_t *e) noexcept nogil:
 
 cdef bint keeper_look(Engine_t *e, Slot *s, uint64_t now) noexcept nogil:
     """At a fill under way: tells the user when it takes long, ends it when it takes too long. Whether it is long."""
-    cdef uint64_t since = u64_load(&s.since_ns), age
+    cdef uint64_t since = u64_load(&s.since_ns)
+    cdef bint late = s.kind == SLOT_WORKER and now > s.deadline_ns + 50000000
     cdef Region_t *r
-    if since == 0 or now < since + PATIENCE_NS and s.kind == SLOT_INLINE:
+    if since == 0 or now < since + PATIENCE_NS and not late:
         return False
-    age = now - since if now > since else 0
-    r = region_acquire(s.region_id)
+    r = keeper_hold(s, since)
     if r == NULL:
         return False
-    if age > PATIENCE_NS and (s.said_ns == 0 or now - s.said_ns > 30 * SECOND_NS):
+    if now > since + PATIENCE_NS and (s.said_ns == 0 or now - s.said_ns > 30 * SECOND_NS):
         s.said_ns = now
-        say_waiting(s, r, age)
-    if s.kind == SLOT_WORKER and age > r.timeout_ns + 50000000 and not (s.cause == DEMAND and r.wait_for_ever):
+        say_waiting(s, r, now - since)
+    if late and (s.cause != DEMAND or not r.wait_for_ever or u32_load(&r.closing)):
         keeper_time_out(e, s, r, since)
     region_release(r)
-    return age > PATIENCE_NS
+    return now > since + PATIENCE_NS
+
+
+cdef Region_t *keeper_hold(Slot *s, uint64_t since) noexcept nogil:
+    """The region of a slot's run with a reference, one that is closing too; NULL when the run has ended.
+
+    While since_ns stands the owner has a reference, and nothing is reaped without registry_lock.
+    """
+    cdef Region_t *r = NULL
+    pthread_mutex_lock(&registry_lock)
+    if u64_load(&s.since_ns) == since and u32_load(&s.kind) != SLOT_RETIRED:
+        r = s.region
+        u32_add_seq(&r.refs, 1)
+        if u64_load(&s.since_ns) != since:
+            region_release(r)
+            r = NULL
+    pthread_mutex_unlock(&registry_lock)
+    return r
 
 
 cdef void keeper_time_out(Engine_t *e, Slot *s, Region_t *r, uint64_t since) noexcept nogil:
-    """The fill hangs. Its blocks fail, its thread and buffer are given up for ever, and another takes its place."""
+    """The fill hangs. Its blocks fail, its thread and buffer are given up for ever, and another takes its place.
+
+    SLOT_RETIRED comes last: an owner that returns in between waits for it before it goes on.
+    """
     cdef Slot *me = &e.slots[KEEPER_SLOT]
     cdef uint64_t b
     critical_enter(me)
-    if u64_load(&s.since_ns) != since or s.region_id != r.id or not u32_cas(&s.phase, BUSY, TIMED_OUT):
+    if u64_load(&s.since_ns) != since or not u32_cas(&s.phase, BUSY, TIMED_OUT):
         critical_leave(me)
         return                              # it has just come back
     u32_add(&r.stuck, 1)
@@ -507,9 +538,10 @@ cdef void keeper_time_out(Engine_t *e, Slot *s, Region_t *r, uint64_t since) noe
     if s.job != NULL:
         job_fail(e, s.job, -ETIMEDOUT, s.first, s.tries + 1)
         job_piece_done(e, s.job)
-    u32_store(&s.kind, SLOT_RETIRED)
-    u32_sub(&e.busy, 1)
+    if r.fill.may_block:
+        u32_sub(&e.busy, 1)
     u32_sub(&e.alive, 1)
+    u32_store(&s.kind, SLOT_RETIRED)
     stand_in_start(e)
 
 
@@ -634,11 +666,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
         for b in range(s.first, s.first + s.count):
             if owned(s, r, b):
                 r.state[b] = MISSING | (r.state[b] & FROM_PARENT)
-    if s.epoll_fd >= 0:
-        close(s.epoll_fd)
-        close(s.wake_fd)
-    s.epoll_fd = -1
-    s.wake_fd = -1
+    slot_close(s)
     s.critical = 0
     s.phase = IDLE
     s.since_ns = 0

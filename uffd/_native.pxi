@@ -3,6 +3,7 @@
 # Uses:     _blosc2.h; the Fill of _core.pyx
 # Provides: Filler (what a Region is given), with one constructor per kind
 
+from cython cimport no_gc_clear
 from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
 
 cdef extern from *:
@@ -90,6 +91,7 @@ cdef int native_fill(void *self, uint32_t slot, uint64_t offset, void *block, si
     return n.function(n.user_data, offset, block, nbytes)
 
 
+@no_gc_clear
 cdef class Filler:
     """A native provider as the core sees it. Immutable; kept alive by the regions that use it."""
     cdef Fill fill
@@ -99,6 +101,7 @@ cdef class Filler:
     cdef Py_buffer view
     cdef bint has_view
     cdef object keep
+    cdef object remake
     cdef readonly object nbytes
     cdef readonly str kind
     cdef readonly object info
@@ -118,9 +121,14 @@ cdef class Filler:
         if self.frame != NULL:
             uffd_b2_close(self.frame)
 
+    def again(self):
+        """Another one of the same: what is kept per slot must not be shared by two engines."""
+        return self.remake()
+
     @staticmethod
     def zero():
         cdef Filler f = Filler()
+        f.remake = Filler.zero
         f.kind = "zero"
         f.fill.kind = FILL_ZERO
         f.fill.inline_safe = True
@@ -132,6 +140,7 @@ cdef class Filler:
         cdef Filler f = Filler()
         PyObject_GetBuffer(buffer, &f.view, PyBUF_ANY_CONTIGUOUS)
         f.has_view = True
+        f.remake = lambda: Filler.memory(buffer)
         f.kind = "memory"
         f.nbytes = f.view.len
         f.fill.kind = FILL_DIRECT
@@ -143,6 +152,7 @@ cdef class Filler:
     def open_file(int fd, uint64_t offset, nbytes, bint direct):
         """Takes the descriptor over."""
         cdef Filler f = Filler()
+        f.remake = lambda: Filler.open_file(_os.dup(fd), offset, nbytes, direct)
         f.kind = "file"
         f.nbytes = nbytes
         f.file.fd = fd
@@ -165,6 +175,7 @@ cdef class Filler:
         err = uffd_b2_open(&f.frame, path, offset, MAX_SLOTS, &info)
         if err != 0:
             raise _os_error(err, f"no readable Blosc2 frame at byte {offset} of {path!r}")
+        f.remake = lambda: Filler.blosc2(library, path, offset)
         f.kind = "blosc2"
         f.nbytes = info.nbytes
         f.info = {"chunk_bytes": info.chunk_bytes, "block_bytes": info.block_bytes, "typesize": info.typesize,
@@ -181,6 +192,7 @@ cdef class Filler:
     def native_pointer(function, user_data, bint inline_safe, keep):
         """Of two addresses; `keep` holds what they belong to."""
         cdef Filler f = Filler()
+        f.remake = lambda: Filler.native_pointer(function, user_data, inline_safe, keep)
         f.kind = "native"
         f.keep = keep
         f.native.function = <uffd_fill_fn><uintptr_t>function

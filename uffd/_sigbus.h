@@ -72,7 +72,8 @@ static inline int fault_was_write(const void *context)
 #endif
 }
 
-/* The thread that is inside the handler before us, or 0: coming back here from there is its way to die. */
+/* The thread that is inside the handler before us, or 0: a signal that it sends itself from there is its way to die.
+ * Stays set when that handler leaves by siglongjmp, which does no harm: faults are told apart by si_code. */
 static uint32_t bus_chained_tid;
 
 /* A fault: the instruction runs again and the kernel ends the process. A signal that was sent has to be sent again. */
@@ -84,11 +85,20 @@ static inline void bus_default_and_die(const siginfo_t *info)
         raise(SIGBUS);
 }
 
+/* From any thread, after the reason was said. */
+static inline void bus_die(void)
+{
+    struct sigaction d = { .sa_handler = SIG_DFL };
+    sigaction(SIGBUS, &d, NULL);
+    raise(SIGBUS);                               /* no thread of ours blocks it; a program thread that does: */
+    abort();
+}
+
 static inline void bus_call_chain(int number, siginfo_t *info, void *context)
 {
     const struct sigaction *next = &bus_chain[u32_load(&bus_chain_index)];
     uint32_t before = u32_load(&bus_chained_tid), mine = (uint32_t)thread_id();
-    if (before == mine) {                        /* faulthandler puts back whom it replaced, us, and raises */
+    if (before == mine && info->si_code <= 0) {  /* faulthandler puts back whom it replaced, us, and raises */
         bus_default_and_die(info);
         return;
     }

@@ -157,6 +157,17 @@ static inline void futex_wake_all(uint32_t *word)
     syscall(SYS_futex, word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, INT_MAX, NULL, NULL, 0);
 }
 
+/* Between tries of a call that answers EAGAIN: yields at first, then sleeps, 50 us to 1.6 ms. */
+static inline void nap(unsigned tries)
+{
+    if (tries < 8) {
+        sched_yield();
+        return;
+    }
+    struct timespec t = { 0, 50000L << (tries < 64 ? (tries - 8) / 12 : 5) };
+    nanosleep(&t, NULL);
+}
+
 static inline int thread_id(void) { return (int)syscall(SYS_gettid); }
 
 /* ---- userfaultfd: opening --------------------------------------------------------------------------------------- */
@@ -199,12 +210,6 @@ static inline int uf_register(int fd, uint64_t start, uint64_t len, uint64_t mod
         return -errno;
     *ioctls = a.ioctls;
     return 0;
-}
-
-static inline int uf_unregister(int fd, uint64_t start, uint64_t len)
-{
-    struct uf_range a = { start, len };
-    return ioctl(fd, UF_IOC_UNREGISTER, &a) ? -errno : 0;
 }
 
 static inline int uf_wake(int fd, uint64_t start, uint64_t len)

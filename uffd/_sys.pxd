@@ -48,12 +48,12 @@ cdef extern from "_sys.h" nogil:
     uint64_t now_ns() noexcept
     void futex_wait(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
     void futex_wake_all(uint32_t *word) noexcept
+    void nap(unsigned int tries) noexcept
     int thread_id() noexcept
 
     int uf_open(int way) noexcept
     int uf_api(int fd, uint64_t *features, uint64_t *ioctls) noexcept
     int uf_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint64_t *ioctls) noexcept
-    int uf_unregister(int fd, uint64_t start, uint64_t len) noexcept
     int uf_wake(int fd, uint64_t start, uint64_t len) noexcept
     int uf_copy(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done) noexcept
     int uf_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done) noexcept
@@ -81,7 +81,6 @@ cdef extern from "_sys.h" nogil:
     int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes) noexcept
     int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept
     int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept
-    int pthread_join(pthread_t thread, void **result) noexcept
     int pthread_detach(pthread_t thread) noexcept
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
                        void (*child)() noexcept nogil) noexcept
@@ -109,7 +108,7 @@ cdef extern from "_sys.h" nogil:
     int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE, _SC_PAGESIZE
     void *MAP_FAILED
     int errno
-    int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ESRCH, ETIMEDOUT, ECANCELED, EDEADLK, ENOSPC
+    int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ETIMEDOUT, ENOSPC
     int ENOSYS, EINVAL, ENOTSUP, EBUSY
 
 cdef extern from "_sigbus.h" nogil:
@@ -123,6 +122,7 @@ cdef extern from "_sigbus.h" nogil:
     void line_say(line *l) noexcept
     void bus_deliver_set(int (*deliver)(uint64_t address, int write) noexcept) noexcept
     int bus_ensure() noexcept
+    void bus_die() noexcept
     void int_arm() noexcept
     void int_disarm() noexcept
     void thread_take_int(int yes) noexcept

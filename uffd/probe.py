@@ -214,7 +214,7 @@ def _fault_in_child(delivery: str, faults: int) -> None:
     source = np.arange(faults, dtype="u1").repeat(page_bytes) ^ np.uint8(0xA5)
     region = uffd.Region(source.nbytes, uffd.providers.Memory(source), block_bytes=page_bytes, delivery=delivery,
                          readahead_bytes=0)
-    array = memoryview(region.array())
+    array = region.array().data
     times = []
     for at in range(0, source.nbytes, page_bytes):
         start = time.perf_counter_ns()

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import _core, keys
 from .engine import Engine, default_engine, require_userfaultfd
-from .errors import DegradedWarning, ProviderError, RegionClosed
+from .errors import DegradedWarning, ProviderError, RegionClosed, Unavailable
 from .stats import Stats
 
 __all__ = ["Prefetch", "Region", "chunks", "from_provider", "pinned", "populate", "prefetch", "region_of"]
@@ -75,18 +75,20 @@ class Region(_core.Region):
         readahead_bytes = _READAHEAD_BYTES if readahead_bytes is None else operator.index(readahead_bytes)
         if readahead_bytes < 0:
             raise ValueError(f"readahead_bytes must be >= 0, not {readahead_bytes}")
+        delivery = ("thread" if full else "inline") if delivery == "auto" else delivery
+        _require_features(backing, delivery)
         self.nbytes = nbytes
         self.block_bytes = block_bytes
         self.name = str(name) if name is not None else _title(provider)
         self.mode = mode or "c"
         self.backing = backing
-        self.delivery = ("thread" if full else "inline") if delivery == "auto" else delivery
+        self.delivery = delivery
         self.engine = engine
         self.provider = provider
         self._options = {"name": name, "mode": mode, "block_bytes": block_bytes, "backing": backing,
                          "delivery": delivery, "readahead_bytes": readahead_bytes, "on_error": on_error,
                          "retries": retries, "timeout_s": timeout_s}
-        self._open(engine._threads, provider._filler(), nbytes, block_bytes, name=self.name, provider=_title(provider),
+        self._open(engine._threads, provider._filler(engine), nbytes, block_bytes, name=self.name, provider=_title(provider),
                    shared=backing == "shared", is_inline=self.delivery == "inline", writable=self.mode != "r",
                    readahead_bytes=min(readahead_bytes, 1 << 40), wait_for_ever=on_error == "wait",
                    retries=min(retries, 1 << 30), timeout_ns=int(min(float(timeout_s), 1e9) * 1e9))
@@ -224,7 +226,7 @@ class Region(_core.Region):
     def close(self) -> None:
         """Takes the region out of service and frees its memory; idempotent. BufferError while arrays of it live.
 
-        Waits for fills under way, at most a second beyond timeout_s; a fill that hangs longer keeps its buffers.
+        Waits at most a second for fills under way; a longer one keeps the region's memory until it ends.
         """
         if self.exports:
             raise BufferError(f"region {self.name!r}: {self.exports} arrays are in use")
@@ -409,13 +411,20 @@ def _checked_block(block_bytes: int) -> int:
 
 def _refuse_own_memory(provider: Any, engine: Engine) -> None:
     """Memory of a region of the same engine: its workers would wait for themselves."""
-    span = provider._filler().span
+    span = provider._filler(engine).span
     if span is None:
         return
     for region in engine.regions:
         if region.address < span[1] and span[0] < region.address + region.nbytes:
             raise ValueError(f"the memory belongs to region {region.name!r} of the same engine; give one of them an "
                              "engine of its own")
+
+
+def _require_features(backing: str, delivery: str) -> None:
+    for wanted, feature, kernel in ((backing == "shared", "MISSING_SHMEM", "4.11"), (delivery == "inline", "SIGBUS", "4.14")):
+        if wanted and not _core.supports(feature):
+            raise Unavailable(errno.ENOTSUP, f"this kernel's userfaultfd lacks the feature {feature} (Linux {kernel}), "
+                              f"which {'backing=' + repr(backing) if feature == 'MISSING_SHMEM' else 'inline delivery'} needs")
 
 
 def _left_ns(deadline: float | None) -> int | None:

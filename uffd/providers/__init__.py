@@ -10,6 +10,8 @@ import importlib.util
 import operator
 import os
 import stat
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,26 @@ from ..errors import UffdError
 __all__ = ["Blosc2File", "File", "Memory", "Native", "Zero"]
 
 
+_fillers_lock = threading.Lock()
+
+
 class _NativeProvider:
     """Holds the core's side of a provider, made once."""
 
     nbytes: int | None = None
     title: str = ""
     _made: _core.Filler
+    _taken = False
     _recipe: tuple[tuple[Any, ...], dict[str, Any]] | None = None     # arguments that make it again elsewhere
 
-    def _filler(self) -> _core.Filler:
-        return self._made
+    def _filler(self, engine: Any) -> _core.Filler:
+        """The core's side for one engine: slots, and what a provider keeps for each, are numbered per engine."""
+        with _fillers_lock:
+            fillers = self.__dict__.setdefault("_fillers", weakref.WeakKeyDictionary())
+            if engine not in fillers:
+                fillers[engine] = self._made.again() if self._taken else self._made
+                self._taken = True
+            return fillers[engine]
 
     def __reduce__(self) -> Any:
         if self._recipe is None:

@@ -1,0 +1,91 @@
+"""README.md: its ten lines do what it says, in a process of their own; and the examples of docs/native-providers.md."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import uffd
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+LINES = 10
+FILLED = re.compile(r"([\d,]+) of ([\d,]+) bytes were filled, (\d+) block")
+
+if not README.exists():
+    pytest.skip("README.md is not in this distribution", allow_module_level=True)
+
+
+def first_lines():
+    return re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+
+
+def test_the_ten_lines_are_ten():
+    code = [line for line in first_lines().splitlines() if line.strip()]
+    assert 0 < len(code) <= LINES
+    assert "blosc2" not in first_lines() and "pack(" not in first_lines(), "they need nothing but numpy"
+
+
+def test_the_ten_lines_work(tmp_path):
+    """Goal: they run as they stand, give the right sum, and fill a small part. Method: in an empty directory."""
+    done = subprocess.run([sys.executable, "-P", "-c", first_lines()], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    total, filled = done.stdout.splitlines()
+    row = range(4_123_400, 4_123_500)
+    assert float(total) == sum(row)
+    found = [int(number.replace(",", "")) for number in FILLED.match(filled).groups()]
+    assert found[1] == 48_000_000
+    assert 0 < found[0] < found[1] // 20
+    assert found[2] == 1
+    warnings = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert len(warnings) <= 1 and all("DegradedWarning" in line for line in warnings), done.stderr
+    assert (tmp_path / "head.npy").stat().st_size == 128 + 1000 * 100 * 8
+
+
+def test_what_it_links_to_is_there():
+    """Goal: no dead link inside the project. docs/syscalls.md is written by a test and may be missing in a copy."""
+    links = set(re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text()))
+    assert links
+    missing = [link for link in sorted(links) if not (README.parent / link).exists()]
+    assert missing in ([], ["docs/syscalls.md"])
+
+
+# docs/native-providers.md
+
+
+PROVIDERS = README.parent / "docs" / "native-providers.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PROVIDERS.read_text(), re.DOTALL)
+
+
+def run_python(code, directory):
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=directory, capture_output=True, text=True, timeout=50,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_provider_in_c_works(tmp_path):
+    """Goal: the example compiles by the command it names, and serves."""
+    compiler = shutil.which("gcc")
+    if not compiler:
+        pytest.skip("no gcc")
+    (source,) = [block for block in blocks("c") if "ramp.c" in block]
+    (tmp_path / "ramp.c").write_text(source)
+    command = [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{uffd.get_include()}"]
+    subprocess.run([*command, "ramp.c", "-o", "ramp.so"], cwd=tmp_path, check=True, timeout=50)
+    run_python(blocks("python")[0], tmp_path)
+    if importlib.util.find_spec("scipy"):
+        (code,) = [block for block in blocks("python") if "import scipy" in block]
+        run_python(code, tmp_path)
+
+
+def test_the_provider_in_numba_works(tmp_path):
+    if not importlib.util.find_spec("numba"):
+        pytest.skip("numba is not installed")
+    (code,) = [block for block in blocks("python") if "numba" in block]
+    run_python(code, tmp_path)
