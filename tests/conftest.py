@@ -32,9 +32,8 @@ def import_the_installed_package():
 
 import_the_installed_package()
 
-from support import leaks, matrix, native  # noqa: E402
+from support import leaks, matrix, native, scripts, shim  # noqa: E402
 from support.pattern import stress_seconds  # noqa: E402
-from support.scripts import deadline_scale  # noqa: E402
 
 DEFAULT_DEADLINE_S = 60.0
 PR_SET_CHILD_SUBREAPER = 36
@@ -61,9 +60,9 @@ def deadline_of(item):
     """Seconds a test may take: @deadline(seconds, per_stress_second=0), else the default."""
     marker = item.get_closest_marker("deadline")
     if marker is None:
-        return DEFAULT_DEADLINE_S * deadline_scale()
+        return DEFAULT_DEADLINE_S * scripts.deadline_scale()
     per_stress_second = marker.kwargs.get("per_stress_second", 0)
-    return (marker.args[0] + per_stress_second * stress_seconds()) * deadline_scale()
+    return (marker.args[0] + per_stress_second * stress_seconds()) * scripts.deadline_scale()
 
 
 def pytest_configure(config):
@@ -108,6 +107,8 @@ def warm():
     import uffd
 
     native.library()
+    scripts.zygote(None)
+    scripts.zygote(shim.path())
     for where in matrix.WHERES:
         if where.unavailable() is None:
             with uffd.Region(1 << 20, uffd.providers.Zero(), **where.options) as region:

@@ -168,6 +168,7 @@ r = region(64 * BLOCK, provider, readahead_bytes=0)
 reader, writer = os.pipe()
 pid = os.fork()
 if not pid:
+    os.setsid()  # what stays in the script's group is killed with it
     os.close(writer)
     os.read(reader, 1)  # until the parent is gone
     ok = checked(r.address, 0, 64 * BLOCK) is None
@@ -175,6 +176,8 @@ if not pid:
         file.write("right" if ok else "wrong")
     os._exit(0)
 os.close(reader)
+while os.getpgid(pid) != pid:
+    time.sleep(0.001)
 say(os.getcwd())
 os._exit(0)
 """, where=where).check()
@@ -296,7 +299,7 @@ if __name__ == "__main__":
     process.join(10)
     assert process.exitcode == 0
     assert checked(r.address, 0, 16 * BLOCK) is None
-""", 40, where=where, argv=[method]).check()
+""", 40, where=where, argv=[method], fresh=True).check()
 
 
 def test_pool_of_forked_workers(where):

@@ -1,7 +1,8 @@
 """Memory externalization for Python: numpy arrays whose pages come on first touch, from files, compressed files, memory
 or compiled functions, served in user space by Linux userfaultfd.
 
-Start with `open` (a file), `from_provider` (an array over a provider) or `Region`; `probe` says what this machine can do.
+Start with `open` (a file), `from_provider` (an array over a provider) or `Region`; `probe` says what this machine can
+do.
 """
 
 from __future__ import annotations

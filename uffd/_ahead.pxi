@@ -7,7 +7,7 @@
 # Order of service: handed-off faults, populate (somebody waits), read-ahead, prefetch. A worker looks for faults
 # between any two pieces, so a touch waits for at most one piece of PIECE_BYTES per worker.
 
-# ---- who sleeps, and who is woken --------------------------------------------------------------------------------------
+# ---- who sleeps, and who is woken -------------------------------------------------------------------------------
 
 cdef void announce_idle(Engine_t *e, Slot *s) noexcept nogil:
     u64_or(&e.idle[s.index >> 6], <uint64_t>1 << (s.index & 63))
@@ -78,7 +78,7 @@ cdef void serve_piece(Slot *s, Piece *p, uint32_t cause) noexcept nogil:
     region_release(r)
 
 
-# ---- the rings ----------------------------------------------------------------------------------------------------------
+# ---- the rings --------------------------------------------------------------------------------------------------
 
 cdef void ring_init(Ring *q) noexcept nogil:
     cdef uint64_t i
@@ -131,16 +131,16 @@ cdef bint hand_off(Region_t *r, uint64_t b, bint write) noexcept nogil:
     return True
 
 
-# ---- read-ahead ---------------------------------------------------------------------------------------------------------
+# ---- read-ahead -------------------------------------------------------------------------------------------------
 
 cdef void ahead_note(Slot *s, Region_t *r, int64_t b) noexcept nogil:
     """A touch waits, or waited, for block b: continue the pattern it belongs to, or look for a new one.
 
     A pattern is a constant stride in blocks (negative ones too), first believed when three touches among the last
-    HISTORY fit it, in their order. Until PROVEN have fitted it asks for one block at a time, on credit: random touches look
-    like patterns for a while, and soon have none left. Then it asks for an eighth of what it has proved so far, at least
-    4 blocks and at most ahead_blocks: what is read in vain when it stops stays a small part of what was used. A pattern
-    that is not met again asks for nothing more.
+    HISTORY fit it, in their order. Until PROVEN have fitted it asks for one block at a time, on credit: random touches
+    look like patterns for a while, and soon have none left. Then it asks for an eighth of what it has proved so far, at
+    least 4 blocks and at most ahead_blocks: what is read in vain when it stops stays a small part of what was used. A
+    pattern that is not met again asks for nothing more.
     """
     cdef Stream *st
     cdef int i
@@ -256,7 +256,7 @@ cdef void stream_end(Slot *s, Region_t *r, Stream *st) noexcept nogil:
     st.stride = 0
 
 
-# ---- jobs: prefetch and populate ------------------------------------------------------------------------------------------
+# ---- jobs: prefetch and populate --------------------------------------------------------------------------------
 
 cdef void job_post(Engine_t *e, Job_t *j) noexcept nogil:
     """Queues a job, behind those of its kind; wakes a worker. The queue holds a reference."""

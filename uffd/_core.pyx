@@ -5,16 +5,17 @@
 Read this file from the top down and you follow a page: a worker waits (worker_main), reads a batch of messages
 (serve_region), sorts it and answers each block from its state (serve_messages, answer), and lets runs of missing
 blocks be filled (_fill.pxi). The other ways in are the SIGBUS handler of inline delivery (_inline.pxi) and the pieces
-that read-ahead, prefetch and populate ask for (_ahead.pxi). Making, closing and forking are in _life.pxi, native providers in
-_native.pxi, and what Python sees is in _api.pxi. ARCHITECTURE.md draws the states and names the owner of every field.
+that read-ahead, prefetch and populate ask for (_ahead.pxi). Making, closing and forking are in _life.pxi, the thread
+that looks after it all in _keeper.pxi, native providers in _native.pxi, and what Python sees is in _api.pxi.
+ARCHITECTURE.md draws the states and names the owner of every field.
 """
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from libc.stdlib cimport calloc, free, malloc
 from uffd._sys cimport *
 from uffd._core cimport uffd_fill_fn
 
-# ---- the data, all of it ------------------------------------------------------------------------------------------
+# ---- the data, all of it ----------------------------------------------------------------------------------------
 
 cdef enum:
     MAX_REGIONS = 65536         # of one process; an id is slot + generation * MAX_REGIONS
@@ -44,10 +45,10 @@ cdef enum:                      # the state of a block: the low bits of its word
     STATE_MASK = 15
     WAITERS = 16                # somebody sleeps on the word, or in a fault that was read while the block was busy
     DEAD = 32                   # poisoned, and not to be repaired: a fill that hung may still write there
-    FROM_PARENT = 64            # in a forked child, shared backing: the bytes are in the parent's pages, not the provider
+    FROM_PARENT = 64            # in a forked child, shared backing: the bytes are in the parent's pages
     OWNER_SHIFT = 8
     OWNER_MASK = 0x3ff
-    GENERATION_SHIFT = 18       # 14 bits, one more at each claim: no word comes back while somebody still compares with it
+    GENERATION_SHIFT = 18       # 14 bits, one more at each claim: no word recurs while somebody compares with it
     GENERATION_ONE = 1 << 18
 
 cdef enum:                      # why a block is filled
@@ -166,6 +167,8 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint64_t failed             # the first block of the run that failed for good
     uint64_t since_ns           # 0: nothing in flight
     uint64_t said_ns            # when the keeper last told the user about this fill
+    uint32_t pending            # messages of the batch in hand that are not answered yet
+    uint32_t nudged             # the keeper had the region's faults asked again, past this slow fill
     # the worker
     int epoll_fd
     int wake_fd
@@ -256,7 +259,7 @@ cdef enum:
     EVENT_FAULTS = 2
 
 
-# ---- the way of a page: wait, read a batch, route --------------------------------------------------------------------
+# ---- the way of a page: wait, read a batch, route ---------------------------------------------------------------
 
 cdef void *worker_main(void *argument) noexcept nogil:
     """A worker thread: faults first, then one piece of other work, then faults again."""
@@ -352,7 +355,11 @@ cdef void serve_messages(Slot *s, Region_t *r, uf_msg *message, int n) noexcept 
         m += 1
     k = 0
     while k < m:
+        s.pending = <uint32_t>(m - k - 1)
         k = answer(s, r, block, flags, k, m, t0)
+        if u32_load(&s.kind) == SLOT_RETIRED:
+            break                           # the keeper has had them asked again
+    s.pending = 0
 
 
 cdef void insert_at(uint64_t *block, uint32_t *flags, int m, int k, uint64_t b, uint32_t f) noexcept nogil:
@@ -448,7 +455,7 @@ cdef bint fills_itself(Slot *s, Region_t *r, uint64_t b, uint32_t tid) noexcept 
     return True
 
 
-# ---- placement: which workers listen ---------------------------------------------------------------------------------
+# ---- placement: which workers listen ----------------------------------------------------------------------------
 
 cdef void follow_faulter(Slot *s, uint32_t tid) noexcept nogil:
     """Now and then, before the faulting thread is let go: arm the worker of the CPU that it sleeps on.
@@ -525,4 +532,5 @@ include "_ahead.pxi"
 include "_inline.pxi"
 include "_native.pxi"
 include "_life.pxi"
+include "_keeper.pxi"
 include "_api.pxi"

@@ -22,7 +22,7 @@ cdef uint32_t fork_gate = 0         # 1 while fork() copies this process: nobody
 cdef char *zero_bytes = NULL        # MAX_BLOCK_BYTES that read as zero, the source of zero blocks
 
 
-# ---- sizes ------------------------------------------------------------------------------------------------------------
+# ---- sizes ------------------------------------------------------------------------------------------------------
 
 cdef inline uint64_t page_round(uint64_t n) noexcept nogil:
     return (n + PAGE - 1) & ~(PAGE - 1)
@@ -40,7 +40,7 @@ cdef inline uint64_t run_bytes(Region_t *r, uint64_t b, uint64_t n) noexcept nog
     return (end if end < r.nbytes else r.nbytes) - start
 
 
-# ---- counters ---------------------------------------------------------------------------------------------------------
+# ---- counters ---------------------------------------------------------------------------------------------------
 
 cdef inline void count(Slot *s, Region_t *r, int which, uint64_t n) noexcept nogil:
     u64_add(&r.counters[s.index & (STRIPES - 1)].n[which], n)
@@ -60,7 +60,7 @@ cdef void count_fault(Slot *s, Region_t *r, uint32_t flags) noexcept nogil:
         count(s, r, C_FAULTS_READ, 1)
 
 
-# ---- changing states ----------------------------------------------------------------------------------------------------
+# ---- changing states --------------------------------------------------------------------------------------------
 
 cdef void critical_enter(Slot *s) noexcept nogil:
     """Between here and critical_leave the slot may change block states; short, kernel calls only. fork() keeps out."""
@@ -137,7 +137,7 @@ cdef void wait_for_word(Region_t *r, uint64_t b, uint32_t word, uint64_t timeout
     futex_wait(&r.state[b], word, timeout_ns)
 
 
-# ---- a fill -------------------------------------------------------------------------------------------------------------
+# ---- a fill -----------------------------------------------------------------------------------------------------
 
 cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint write, uint32_t cause,
                         uint32_t from_state) noexcept nogil:
@@ -166,6 +166,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         s.tries = 0
         s.last_error = 0
         s.said_ns = 0
+        s.nudged = 0
         s.deadline_ns = now_ns() + r.timeout_ns
         u64_store(&s.since_ns, s.deadline_ns - r.timeout_ns)
         u32_store(&s.phase, BUSY)
@@ -368,7 +369,7 @@ cdef int place_around(Region_t *r, uint64_t start, uint64_t span, const char *so
     return 0
 
 
-# ---- the first write, and blocks that are there -------------------------------------------------------------------------
+# ---- the first write, and blocks that are there -----------------------------------------------------------------
 
 cdef uint32_t lift_run(Slot *s, Region_t *r, uint64_t b, uint32_t most) noexcept nogil:
     """CLEAN > UNPROTECTING > DIRTY for the blocks from b on, at most `most`; how many. One ioctl; it wakes writers."""
@@ -435,7 +436,7 @@ cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept 
         uf_wake(r.fd, start, block_span(r, b))
 
 
-# ---- failure ------------------------------------------------------------------------------------------------------------
+# ---- failure ----------------------------------------------------------------------------------------------------
 
 cdef int fail_run(Slot *s, Region_t *r, int err) noexcept nogil:
     """Gives up the blocks of the run that are still owned: poisoned for a touch, missing again for anybody else."""

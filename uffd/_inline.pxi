@@ -157,7 +157,7 @@ cdef uint64_t snapshot_put(Snapshot *s, uint64_t k, Region_t *r) noexcept nogil:
     return k + 1
 
 
-# ---- the SIGBUS handler's part --------------------------------------------------------------------------------------------
+# ---- the SIGBUS handler's part ----------------------------------------------------------------------------------
 
 cdef int inline_deliver(uint64_t address, int write) noexcept nogil:
     """A SIGBUS at this address: BUS_SERVED (run the instruction again), BUS_POISONED, or BUS_NOT_OURS."""
@@ -171,7 +171,7 @@ cdef int inline_deliver(uint64_t address, int write) noexcept nogil:
 
 
 cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
-    """Acts on the block's state until the fault can be tried again. write: 1, 0, or -1 where the machine does not say."""
+    """Acts on the block's state until the fault can be tried again. write: 1, 0, or -1 where that is not known."""
     cdef uint32_t word, state
     cdef uint64_t asked_ns = 0
     cdef int verdict
@@ -218,14 +218,14 @@ cdef uint64_t inline_ask(Region_t *r, uint64_t b, bint write, uint32_t word, uin
     cdef uint64_t now = now_ns()
     cdef Slot *s
     if now - asked_ns > SECOND_NS:
-        if asked_ns == 0:
+        if asked_ns == 0:                   # 1: the queue was full, it is asked again at once
             s = inline_borrow(r.engine)
             count(s, r, C_FAULTS_WRITE if write else C_FAULTS_READ, 1)
             ahead_note(s, r, <int64_t>b)
             inline_return(r.engine, s)
         if not hand_off(r, b, write):
             sched_yield()
-            return asked_ns
+            return 1
         asked_ns = now
     wait_for_word(r, b, word, SECOND_NS)
     return asked_ns
@@ -273,7 +273,7 @@ cdef int inline_wait(Region_t *r, uint64_t b, uint32_t word) noexcept nogil:
     return BUS_NOT_OURS
 
 
-# ---- slots for the handler --------------------------------------------------------------------------------------------
+# ---- slots for the handler --------------------------------------------------------------------------------------
 
 cdef Slot *inline_borrow(Engine_t *e) noexcept nogil:
     """A slot from the bounded free list; sleeps while all are in use."""

@@ -1,18 +1,10 @@
-# The life of engines and regions, the keeper, and what a forked child does.
+# The life of engines and regions, and what a forked child does.
 #
-# Uses:     everything before it
-# Provides: engine_make, engine_stop, region_make, region_shut, region_reap, enter_blocking/leave_blocking, and the
-#           hooks of worker_main; uffd_open (the ways to a userfaultfd)
+# Uses:     everything before it; keeper_main of _keeper.pxi
+# Provides: engine_make, engine_stop, region_make, region_shut, region_reap, worker_start and the hooks of worker_main,
+#           uffd_discover (the ways to a userfaultfd), has, next_known
 #
-# The keeper is one thread per engine that serves no faults. It ticks twice a second, faster while fills are under way:
-# tells the user about long waits, ends fills that hang, starts stand-ins when every worker is inside a slow fill, keeps
-# SIGBUS ours, and tears down what could not be torn down at once. Lock order: registry_lock, then job_lock.
-
-cdef enum:
-    TICK_IDLE_MS = 500
-    TICK_BUSY_MS = 10
-cdef uint64_t PATIENCE_NS = 2 * SECOND_NS      # of a wait before the user is told
-cdef uint64_t STALL_NS = 20000000           # all workers inside slow fills before another one is started
+# Lock order: registry_lock, then job_lock.
 
 cdef Engine_t *engines = NULL               # under registry_lock
 cdef int known_way = -1                     # how a userfaultfd is had here; -1: not tried yet
@@ -20,7 +12,7 @@ cdef uint64_t known_features = 0
 cdef uint64_t masked_features = 0           # features that we must not use (the tests of the fall-backs set it)
 
 
-# ---- userfaultfd ----------------------------------------------------------------------------------------------------------
+# ---- userfaultfd ------------------------------------------------------------------------------------------------
 
 cdef int uffd_discover() noexcept nogil:
     """Finds the first way that works, going on after any error. 0, or the last way's -errno."""
@@ -76,7 +68,7 @@ cdef int region_listen(Region_t *r) noexcept nogil:
     return err
 
 
-# ---- regions --------------------------------------------------------------------------------------------------------------
+# ---- regions ----------------------------------------------------------------------------------------------------
 
 cdef int region_make(Region_t *r) noexcept nogil:
     """Maps, registers and publishes a region whose constant fields are set. 0 or -errno, and then nothing is left."""
@@ -213,7 +205,7 @@ cdef void jobs_cancel(Engine_t *e, uint64_t region_id) noexcept nogil:
     pthread_mutex_unlock(&e.job_lock)
 
 
-# ---- engines --------------------------------------------------------------------------------------------------------------
+# ---- engines ----------------------------------------------------------------------------------------------------
 
 cdef int engine_make(Engine_t **out, uint32_t workers) noexcept nogil:
     """An engine with its threads running. 0 or -errno."""
@@ -406,189 +398,7 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
     free(e)
 
 
-# ---- the keeper -----------------------------------------------------------------------------------------------------------
-
-cdef void enter_blocking(Slot *s) noexcept nogil:
-    """A worker goes into a fill that can take long. The last free one calls the keeper to look often."""
-    cdef Engine_t *e = s.engine
-    if e.follow:
-        arm_another(e, s)
-    if s.kind == SLOT_WORKER and u32_add(&e.busy, 1) + 1 >= u32_load(&e.alive):
-        if u32_cas(&e.keeper_alert, 0, 1):
-            eventfd_raise(e.keeper_fd)
-
-
-cdef void leave_blocking(Slot *s) noexcept nogil:
-    if u32_load(&s.kind) == SLOT_WORKER:
-        u32_sub(&s.engine.busy, 1)          # for a retired one the keeper did it
-
-
-cdef void *keeper_main(void *argument) noexcept nogil:
-    cdef Engine_t *e = <Engine_t *>argument
-    cdef pollfd wake
-    cdef int timeout_ms = TICK_BUSY_MS
-    cdef bint said = False
-    wake.fd = e.keeper_fd
-    wake.events = <short>POLLIN
-    while not u32_load(&e.stopping):
-        poll(&wake, 1, timeout_ms)
-        eventfd_clear(e.keeper_fd)
-        if e.regions and bus_ensure() and not said:
-            say_taken()
-            said = True
-        timeout_ms = keeper_tick(e)
-    u32_store(&e.keepers, 0)
-    futex_wake_all(&e.keepers)
-    return NULL
-
-
-cdef int keeper_tick(Engine_t *e) noexcept nogil:
-    """One look at everything; the milliseconds until the next."""
-    cdef uint64_t now = now_ns()
-    cdef uint32_t i
-    cdef bint busy = False, waiting = False
-    cdef Slot *s
-    for i in range(<uint32_t>KEEPER_SLOT):
-        s = &e.slots[i]
-        if u64_load(&s.since_ns) != 0 and u32_load(&s.kind) != SLOT_RETIRED:
-            busy = True
-            waiting = keeper_look(e, s, now) or waiting
-    if waiting:
-        int_arm()
-    else:
-        int_disarm()
-    thread_take_int(waiting)
-    u32_store(&e.keeper_alert, 0)
-    if u32_load(&e.busy) < u32_load(&e.alive) or u32_load(&e.alive) >= MAX_WORKERS:
-        e.stalled_ns = 0
-    elif e.stalled_ns == 0:
-        e.stalled_ns = now
-    elif now - e.stalled_ns > STALL_NS:
-        stand_in_start(e)
-    if e.dying != NULL:
-        busy = True
-        keeper_reap(e)
-    if busy or e.stalled_ns:
-        return TICK_BUSY_MS
-    return TICK_IDLE_MS if e.regions else -1
-
-
-cdef void stand_in_start(Engine_t *e) noexcept nogil:
-    """Every worker is inside a slow fill: one more thread reads the faults. It ends when it is not needed."""
-    cdef uint32_t i
-    for i in range(e.workers, <uint32_t>MAX_WORKERS):
-        if u32_load(&e.slots[i].kind) == SLOT_FREE:
-            worker_start(e, &e.slots[i], -1)    # no thread to be had: tried again at the next tick
-            break
-    e.stalled_ns = 0
-
-
-cdef bint keeper_look(Engine_t *e, Slot *s, uint64_t now) noexcept nogil:
-    """At a fill under way: tells the user when it takes long, ends it when it takes too long. Whether it is long."""
-    cdef uint64_t since = u64_load(&s.since_ns)
-    cdef bint late = s.kind == SLOT_WORKER and now > s.deadline_ns + 50000000
-    cdef Region_t *r
-    if since == 0 or now < since + PATIENCE_NS and not late:
-        return False
-    r = keeper_hold(s, since)
-    if r == NULL:
-        return False
-    if now > since + PATIENCE_NS and (s.said_ns == 0 or now - s.said_ns > 30 * SECOND_NS):
-        s.said_ns = now
-        say_waiting(s, r, now - since)
-    if late and (s.cause != DEMAND or not r.wait_for_ever or u32_load(&r.closing)):
-        keeper_time_out(e, s, r, since)
-    region_release(r)
-    return now > since + PATIENCE_NS
-
-
-cdef Region_t *keeper_hold(Slot *s, uint64_t since) noexcept nogil:
-    """The region of a slot's run with a reference, one that is closing too; NULL when the run has ended.
-
-    While since_ns stands the owner has a reference, and nothing is reaped without registry_lock.
-    """
-    cdef Region_t *r = NULL
-    pthread_mutex_lock(&registry_lock)
-    if u64_load(&s.since_ns) == since and u32_load(&s.kind) != SLOT_RETIRED:
-        r = s.region
-        u32_add_seq(&r.refs, 1)
-        if u64_load(&s.since_ns) != since:
-            region_release(r)
-            r = NULL
-    pthread_mutex_unlock(&registry_lock)
-    return r
-
-
-cdef void keeper_time_out(Engine_t *e, Slot *s, Region_t *r, uint64_t since) noexcept nogil:
-    """The fill hangs. Its blocks fail, its thread and buffer are given up for ever, and another takes its place.
-
-    SLOT_RETIRED comes last: an owner that returns in between waits for it before it goes on.
-    """
-    cdef Slot *me = &e.slots[KEEPER_SLOT]
-    cdef uint64_t b
-    critical_enter(me)
-    if u64_load(&s.since_ns) != since or not u32_cas(&s.phase, BUSY, TIMED_OUT):
-        critical_leave(me)
-        return                              # it has just come back
-    u32_add(&r.stuck, 1)
-    for b in range(s.first, s.first + s.count):
-        if owned(s, r, b):
-            fail_block(s, r, b, -ETIMEDOUT, s.tries + 1, DEAD if r.minor else 0)
-    critical_leave(me)
-    if s.job != NULL:
-        job_fail(e, s.job, -ETIMEDOUT, s.first, s.tries + 1)
-        job_piece_done(e, s.job)
-    if r.fill.may_block:
-        u32_sub(&e.busy, 1)
-    u32_sub(&e.alive, 1)
-    u32_store(&s.kind, SLOT_RETIRED)
-    stand_in_start(e)
-
-
-cdef void keeper_reap(Engine_t *e) noexcept nogil:
-    cdef Region_t **at = &e.dying
-    cdef Region_t *r
-    cdef bint reaped = False
-    pthread_mutex_lock(&registry_lock)
-    while at[0] != NULL:
-        r = at[0]
-        if u32_load(&r.refs) <= u32_load(&r.stuck):
-            at[0] = r.next_dying
-            region_reap(r)
-            reaped = True
-        else:
-            at = &r.next_dying
-    pthread_mutex_unlock(&registry_lock)
-    if reaped:
-        Py_AddPendingCall(&_sweep_pending, NULL)    # refused when its queue is full: the next API call sweeps too
-
-
-cdef void say_waiting(Slot *s, Region_t *r, uint64_t age_ns) noexcept nogil:
-    cdef line l
-    l.n = 0
-    describe_block(&l, r, s.first)
-    line_text(&l, b"waited for since ")
-    line_number(&l, age_ns / SECOND_NS)
-    line_text(&l, b" s, from ")
-    line_text(&l, r.provider)
-    if s.tries:
-        line_text(&l, b", try ")
-        line_number(&l, s.tries + 1)
-        line_text(&l, b", last: ")
-        line_errno(&l, -s.last_error)
-    line_text(&l, b" (Ctrl-C twice gives up)")
-    line_say(&l)
-
-
-cdef void say_taken() noexcept nogil:
-    cdef line l
-    l.n = 0
-    line_text(&l, b"uffd: somebody installed a SIGBUS handler; uffd put its own back in front of it and passes on what is "
-                  b"not its own")
-    line_say(&l)
-
-
-# ---- fork -----------------------------------------------------------------------------------------------------------------
+# ---- fork -------------------------------------------------------------------------------------------------------
 
 cdef void fork_prepare() noexcept nogil:
     """Nobody changes a block's state while the kernel copies the process, page after page."""

@@ -33,7 +33,17 @@ static inline void line_number(struct line *l, uint64_t v)
 
 static inline void line_errno(struct line *l, int e)
 {
-    const char *name = e > 0 ? strerrorname_np(e) : NULL;   /* glibc 2.32: a table, async-signal-safe */
+    /* What fills answer. Our own table: strerrorname_np needs glibc 2.32, strerror may allocate. */
+    static const struct { int number; const char *name; } known[] = {
+        { EIO, "EIO" }, { ENODATA, "ENODATA" }, { EBADMSG, "EBADMSG" }, { ETIMEDOUT, "ETIMEDOUT" },
+        { ENOMEM, "ENOMEM" }, { ENOSPC, "ENOSPC" }, { EFAULT, "EFAULT" }, { EINVAL, "EINVAL" }, { EAGAIN, "EAGAIN" }, { EACCES, "EACCES" },
+        { EPERM, "EPERM" }, { ENOENT, "ENOENT" }, { ESTALE, "ESTALE" }, { EBADF, "EBADF" }, { ENXIO, "ENXIO" },
+        { ENOTSUP, "ENOTSUP" }, { EINTR, "EINTR" }, { EISDIR, "EISDIR" }, { EREMOTEIO, "EREMOTEIO" },
+    };
+    const char *name = NULL;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i].number == e)
+            name = known[i].name;
     line_text(l, "errno ");
     line_number(l, (uint64_t)(e < 0 ? -e : e));
     if (name) {
@@ -146,11 +156,15 @@ static inline int bus_ensure(void)
 /* ---- Ctrl-C: armed while somebody waits for a block longer than the patience of the keeper ---------------------- */
 
 static struct sigaction int_chain;
-static uint32_t int_count, int_armed;
+static uint32_t int_armed;
+static uint64_t int_first_ns;                    /* when the first of two was pressed; 0: not yet */
+#define INT_PAIR_NS 5000000000u                  /* later than that it is a first one again */
 
 static void int_handler(int number, siginfo_t *info, void *context)
 {
-    if (u32_add(&int_count, 1) >= 1) {           /* the second one: the wait can't be unwound, the process can end */
+    uint64_t now = now_ns(), first = u64_load(&int_first_ns);
+    u64_store(&int_first_ns, now);
+    if (first && now - first < INT_PAIR_NS) {    /* the second one: the wait can't be unwound, the process can end */
         static const char text[] = "uffd: interrupted twice while waiting for a block: giving up\n";
         struct sigaction d = { .sa_handler = SIG_DFL };
         sigset_t only;
@@ -173,7 +187,7 @@ static inline void int_arm(void)                 /* called by a keeper, which th
     struct sigaction ours = { .sa_sigaction = int_handler, .sa_flags = SA_SIGINFO | SA_RESTART };
     if (!u32_cas(&int_armed, 0, 1))
         return;
-    u32_store(&int_count, 0);
+    u64_store(&int_first_ns, 0);
     sigemptyset(&ours.sa_mask);
     sigaction(SIGINT, NULL, &int_chain);
     if ((int_chain.sa_flags & SA_SIGINFO) == 0 && (int_chain.sa_handler == SIG_IGN || int_chain.sa_handler == SIG_DFL))

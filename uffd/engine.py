@@ -50,6 +50,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
+        """Whether it takes no more regions."""
         return self._threads is None
 
     def stats(self) -> Stats:

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -88,8 +88,9 @@ class Region(_core.Region):
         self._options = {"name": name, "mode": mode, "block_bytes": block_bytes, "backing": backing,
                          "delivery": delivery, "readahead_bytes": readahead_bytes, "on_error": on_error,
                          "retries": retries, "timeout_s": timeout_s}
-        self._open(engine._threads, provider._filler(engine), nbytes, block_bytes, name=self.name, provider=_title(provider),
-                   shared=backing == "shared", is_inline=self.delivery == "inline", writable=self.mode != "r",
+        self._open(engine._threads, provider._filler(engine), nbytes, block_bytes, name=self.name,
+                   provider=_title(provider), shared=backing == "shared",
+                   is_inline=self.delivery == "inline", writable=self.mode != "r",
                    readahead_bytes=min(readahead_bytes, 1 << 40), wait_for_ever=on_error == "wait",
                    retries=min(retries, 1 << 30), timeout_ns=int(min(float(timeout_s), 1e9) * 1e9))
         engine._regions.add(self)
@@ -97,7 +98,8 @@ class Region(_core.Region):
 
     # ---- arrays ----
 
-    def array(self, dtype: Any = "u1", shape: Any = None, *, offset: int = 0, order: str = "C") -> np.ndarray:
+    def array(self, dtype: Any = "u1", shape: Any = None, *, offset: int = 0,
+              order: Literal["C", "F"] = "C") -> np.ndarray:
         """A plain ndarray over the region's memory; nothing is read. It keeps region and engine alive.
 
         shape None: one axis, as many whole items as fit behind `offset` (bytes). TypeError for object dtypes.
@@ -113,7 +115,8 @@ class Region(_core.Region):
             shape = ((self.nbytes - offset) // dtype.itemsize if dtype.itemsize else 0,)
         shape = _checked_shape(shape)
         # frombuffer keeps a memoryview, whose release tells when the last array died; ndarray(buffer=) would not
-        return np.ndarray(shape, dtype, buffer=np.frombuffer(self, np.uint8), offset=offset, order=order)
+        flat = np.frombuffer(cast(Any, self), np.uint8)
+        return np.ndarray(shape, dtype, buffer=flat, offset=offset, order=order)
 
     # ---- bringing blocks in ----
 
@@ -236,8 +239,8 @@ class Region(_core.Region):
         if self.closed:
             raise RegionClosed(f"region {self.name!r} is closed")
         if _core.sigbus_check():
-            warnings.warn("somebody installed a SIGBUS handler after uffd; uffd put its own back in front and passes on "
-                          "what is not its own", DegradedWarning, stacklevel=3)
+            warnings.warn("somebody installed a SIGBUS handler after uffd; uffd put its own back in front and passes "
+                          "on what is not its own", DegradedWarning, stacklevel=3)
 
     def __enter__(self) -> Region:
         return self
@@ -283,7 +286,7 @@ class Prefetch:
             self._job.cancel()
 
 
-# ---- by array -------------------------------------------------------------------------------------------------------
+# ---- by array ---------------------------------------------------------------------------------------------------
 
 
 def region_of(array: Any) -> Region:
@@ -297,7 +300,7 @@ def region_of(array: Any) -> Region:
     return region
 
 
-def from_provider(provider: Any, shape: Any, dtype: Any, *, offset: int = 0, order: str = "C",
+def from_provider(provider: Any, shape: Any, dtype: Any, *, offset: int = 0, order: Literal["C", "F"] = "C",
                   **region_options: Any) -> np.ndarray:
     """An array of that shape whose bytes are the provider's from `offset` on; region_options go to Region."""
     dtype = np.dtype(dtype)
@@ -367,7 +370,7 @@ def _remade(nbytes: int, provider: Any, options: dict[str, Any]) -> Region:
     return Region(nbytes, provider, **options)
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
+# ---- checks -----------------------------------------------------------------------------------------------------
 
 
 def _title(provider: Any) -> str:
@@ -421,10 +424,12 @@ def _refuse_own_memory(provider: Any, engine: Engine) -> None:
 
 
 def _require_features(backing: str, delivery: str) -> None:
-    for wanted, feature, kernel in ((backing == "shared", "MISSING_SHMEM", "4.11"), (delivery == "inline", "SIGBUS", "4.14")):
+    needs = ((backing == "shared", "MISSING_SHMEM", "4.11", "shared backing"),
+             (delivery == "inline", "SIGBUS", "4.14", "inline delivery"))
+    for wanted, feature, kernel, what in needs:
         if wanted and not _core.supports(feature):
-            raise Unavailable(errno.ENOTSUP, f"this kernel's userfaultfd lacks the feature {feature} (Linux {kernel}), "
-                              f"which {'backing=' + repr(backing) if feature == 'MISSING_SHMEM' else 'inline delivery'} needs")
+            raise Unavailable(errno.ENOTSUP, f"{what} needs the userfaultfd feature {feature} (Linux {kernel}), which "
+                              "this kernel lacks")
 
 
 def _left_ns(deadline: float | None) -> int | None:

@@ -73,13 +73,13 @@ class Stats:
     @classmethod
     def of(cls, counts: tuple[list[int], list[list[int]]]) -> Stats:
         numbers, stages = counts
-        named = dict(zip(_core.COUNTER_NAMES, numbers, strict=True))
+        named: dict[str, Any] = dict(zip(_core.COUNTER_NAMES, numbers, strict=True))
         for name, buckets in zip(_core.STAGE_NAMES, stages, strict=True):
             named[name] = LatencyHistogram(tuple(buckets))
         return cls(**named)
 
     def __add__(self, other: Stats) -> Stats:
-        total = {}
+        total: dict[str, Any] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if isinstance(mine, LatencyHistogram):

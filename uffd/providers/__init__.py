@@ -1,5 +1,5 @@
-"""Native providers: where a region's bytes come from, without the interpreter lock. One instance may serve any number of
-regions."""
+"""Native providers: where a region's bytes come from, without the interpreter lock. One instance may serve any number
+of regions."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __all__ = ["Blosc2File", "File", "Memory", "Native", "Zero"]
 
 
 _fillers_lock = threading.Lock()
+_FunctionPointer: Any = ctypes.CFUNCTYPE(None).__mro__[1]     # the base of all ctypes function pointers
 
 
 class _NativeProvider:
@@ -119,8 +120,8 @@ class Blosc2File(_NativeProvider):
 
     `offset`: where the frame starts in the file, for frames inside a container. Decoding is done by the C library that
     the `blosc2` package ships (ImportError without it: the extra `blosc2`), one context per worker, only the Blosc2
-    blocks that a fill needs. OSError: EBADMSG for a damaged frame, EIO for a short one, ENOTSUP for a directory frame or
-    a codec that the library lacks. Blosc2 has no checksums: damage inside a block may decode to other bytes.
+    blocks that a fill needs. OSError: EBADMSG for a damaged frame, EIO for a short one, ENOTSUP for a directory frame
+    or a codec that the library lacks. Blosc2 has no checksums: damage inside a block may decode to other bytes.
 
     Attributes: nbytes, chunk_bytes, block_bytes (of Blosc2), typesize, chunks, linear (whether the bytes of a chunk are
     consecutive bytes of the array), shape (of a b2nd array, else ()).
@@ -146,9 +147,9 @@ class Native(_NativeProvider):
 
     function: a ctypes function pointer of a shared library, a PyCapsule (Cython), a scipy.LowLevelCallable, a Numba
     @cfunc, or a ctypes.c_void_p. What it belongs to is kept alive. uffd.h (see `uffd.get_include()`) says what it must
-    keep to: it is called from several threads at once, without the interpreter lock. A ctypes function that wraps Python
-    code is a TypeError: it would wait for that lock, which the touching thread may hold. A Numba @cfunc must not raise:
-    its error path takes the lock to print the exception.
+    keep to: it is called from several threads at once, without the interpreter lock. A ctypes function that wraps
+    Python code is a TypeError: it would wait for that lock, which the touching thread may hold. A Numba @cfunc must not
+    raise: its error path takes the lock to print the exception.
 
     user_data: None, an int address, a ctypes pointer, a PyCapsule, or a buffer (its first byte; kept exported).
     inline_safe: the function may run in a signal handler (no malloc, no stdio, no locks); with inline delivery it then
@@ -176,12 +177,13 @@ def _blosc2_library() -> str:
 
 def _function_address(function: Any) -> tuple[int, int]:
     """(address, context address or 0) of a C function, however it is wrapped."""
-    if isinstance(function, ctypes._CFuncPtr):
+    if isinstance(function, _FunctionPointer):
         if any(type(kept).__name__ == "CThunkObject" for kept in (function._objects or {}).values()):
             raise TypeError("a ctypes function that wraps Python code needs the interpreter lock, which the touching "
                             "thread may hold: it would hang. Compile it (Cython, C, Numba @cfunc)")
         if function._flags_ & 4:                 # FUNCFLAG_PYTHONAPI: of a PyDLL
-            raise TypeError("a function of a ctypes.PyDLL needs the interpreter lock, which the touching thread may hold")
+            raise TypeError("a function of a ctypes.PyDLL needs the interpreter lock, which the touching thread may "
+                            "hold")
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
         return _not_null(address), 0
     if isinstance(function, ctypes.c_void_p):
@@ -192,14 +194,14 @@ def _function_address(function: Any) -> tuple[int, int]:
         return _from_low_level(function)
     if hasattr(function, "address") and hasattr(function, "native_name"):    # Numba @cfunc
         return _not_null(operator.index(function.address)), 0
-    raise TypeError(f"no C function in a {type(function).__name__}: give a ctypes function of a library, a PyCapsule, a "
-                    "scipy.LowLevelCallable, a Numba @cfunc or a ctypes.c_void_p")
+    raise TypeError(f"no C function in a {type(function).__name__}: give a ctypes function of a library, a PyCapsule, "
+                    "a scipy.LowLevelCallable, a Numba @cfunc or a ctypes.c_void_p")
 
 
 def _from_low_level(function: Any) -> tuple[int, int]:
     address, context = _core.capsule_address(tuple.__getitem__(function, 0))
     inner = function.function
-    if isinstance(inner, ctypes._CFuncPtr):
+    if isinstance(inner, _FunctionPointer):
         _function_address(inner)                 # refuses what wraps Python code
     return address, context
 
