@@ -317,28 +317,32 @@ cdef int place(Slot *s, Region_t *r, uint64_t offset, uint64_t span, const char 
 
 cdef int place_run(Region_t *r, int op, uint64_t start, uint64_t source, uint64_t len, uint64_t mode) noexcept nogil:
     """One ioctl for the run, and more where the kernel stops half way. `done` is signed: progress only if positive."""
-    cdef uint64_t at = 0, deadline = 0
+    cdef uint64_t at = 0, deadline = 0, piece = len
     cdef int64_t done
     cdef int err, mixed = 0
     cdef unsigned int tries = 0
     while at < len:
         done = 0
+        if piece > len - at:
+            piece = len - at
         if op == OP_COPY:
-            err = uf_copy(r.fd, start + at, source + at, len - at, mode, &done)
+            err = uf_copy(r.fd, start + at, source + at, piece, mode, &done)
         elif op == OP_CONTINUE:
-            err = uf_continue(r.fd, start + at, len - at, mode, &done)
+            err = uf_continue(r.fd, start + at, piece, mode, &done)
         elif op == OP_ZEROPAGE:
-            err = uf_zeropage(r.fd, start + at, len - at, mode, &done)
+            err = uf_zeropage(r.fd, start + at, piece, mode, &done)
         else:
-            err = uf_poison(r.fd, start + at, len - at, &done)
+            err = uf_poison(r.fd, start + at, piece, &done)
         if err == 0:
-            break
-        if done > 0:
+            at += piece
+        elif done > 0:
             at += <uint64_t>done            # stopped at a page that is there, or by a signal: go on behind it
         elif err == -EEXIST:
             mixed = 1                       # benign: the page is there. Its waiters are not woken by the kernel
             uf_wake(r.fd, start + at, PAGE)
             at += PAGE
+        elif err == -ENOENT and piece > PAGE:
+            piece = PAGE                    # an madvise of the program has split the mapping inside the range
         elif err == -EAGAIN:                # the address space is changing; over when that is, if it ever is
             if deadline == 0:
                 deadline = now_ns() + SECOND_NS
@@ -395,7 +399,12 @@ cdef void unprotect(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
     cdef uint64_t len = ((n - 1) << r.shift) + block_span(r, b + n - 1)
     cdef unsigned int tries = 0
     cdef int err = uf_writeprotect(r.fd, start, len, 0)
-    while err != 0 and err != -ENOENT:      # ENOENT: the program unmapped it; there is nothing to write to
+    if err == -ENOENT:                      # unmapped, or (older kernels) an madvise split the mapping inside the range
+        while len:
+            len -= PAGE
+            uf_writeprotect(r.fd, start + len, PAGE, 0)
+        return
+    while err != 0:
         if now_ns() > deadline:
             say_stuck(r, b, err)
             bus_die()
