@@ -113,8 +113,6 @@ def warm():
         if where.unavailable() is None:
             with uffd.Region(1 << 20, uffd.providers.Zero(), **where.options) as region:
                 np.add.reduce(region.array())
-    gc.collect()
-    gc.freeze()  # the libraries' objects stay: each test's collections look at what the tests made
     yield
 
 
@@ -126,6 +124,7 @@ def no_leaks(request, warm):
     kept = request.node.get_closest_marker("keeps")
     if kept is None and not getattr(request.node, "uffd_failed", True):
         left = leaks.settle(before)
+        gc.freeze()  # what survived stays: the next collections look at what the next tests make
         assert not left, "left over after the test:\n" + "\n".join(left)
 
 

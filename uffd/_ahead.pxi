@@ -138,7 +138,7 @@ cdef void ahead_note(Slot *s, Region_t *r, int64_t b) noexcept nogil:
 
     A pattern is a constant stride in blocks (negative ones too), first believed when three touches among the last
     HISTORY fit it, in their order. Until PROVEN have fitted it asks for one block at a time, on credit: random touches
-    look like patterns for a while, and soon have none left. Then it asks for an eighth of what it has proved so far, at
+    look like patterns for a while, and soon have none left. Then it asks for a sixth of what it has proved so far, at
     least 4 blocks and at most ahead_blocks: what is read in vain when it stops stays a small part of what was used. A
     pattern that is not met again asks for nothing more.
     """
@@ -184,7 +184,7 @@ cdef void stream_extend(Slot *s, Region_t *r, Stream *st, int64_t b) noexcept no
             st.owed = 1
             stream_ask(s, r, st, 1)
         return
-    window = st.confirmed / 8
+    window = st.confirmed / 6
     if window < 4:
         window = 4
     if window > r.ahead_blocks:
@@ -199,8 +199,8 @@ cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogi
     cdef Piece p
     if per_piece == 0:
         per_piece = 1
-    if st.stride != 1 and per_piece > 4:
-        per_piece = 4
+    if st.stride != 1 and per_piece > 32:
+        per_piece = 32                      # each is an ioctl of its own
     while n and st.next >= 0 and st.next < <int64_t>r.blocks:
         p.region_id = r.id
         p.first = <uint64_t>st.next

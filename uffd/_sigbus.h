@@ -35,10 +35,11 @@ static inline void line_errno(struct line *l, int e)
 {
     /* What fills answer. Our own table: strerrorname_np needs glibc 2.32, strerror may allocate. */
     static const struct { int number; const char *name; } known[] = {
-        { EIO, "EIO" }, { ENODATA, "ENODATA" }, { EBADMSG, "EBADMSG" }, { ETIMEDOUT, "ETIMEDOUT" }, { ENOMEM, "ENOMEM" },
-        { ENOSPC, "ENOSPC" }, { EFAULT, "EFAULT" }, { EINVAL, "EINVAL" }, { EAGAIN, "EAGAIN" }, { EACCES, "EACCES" },
-        { EPERM, "EPERM" }, { ENOENT, "ENOENT" }, { ESTALE, "ESTALE" }, { EBADF, "EBADF" }, { ENXIO, "ENXIO" },
-        { ENOTSUP, "ENOTSUP" }, { EINTR, "EINTR" }, { EISDIR, "EISDIR" }, { EREMOTEIO, "EREMOTEIO" },
+        { EIO, "EIO" }, { ENODATA, "ENODATA" }, { EBADMSG, "EBADMSG" }, { ETIMEDOUT, "ETIMEDOUT" },
+        { ENOMEM, "ENOMEM" }, { ENOSPC, "ENOSPC" }, { EFAULT, "EFAULT" }, { EINVAL, "EINVAL" },
+        { EAGAIN, "EAGAIN" }, { EACCES, "EACCES" }, { EPERM, "EPERM" }, { ENOENT, "ENOENT" },
+        { ESTALE, "ESTALE" }, { EBADF, "EBADF" }, { ENXIO, "ENXIO" }, { ENOTSUP, "ENOTSUP" },
+        { EINTR, "EINTR" }, { EISDIR, "EISDIR" }, { EREMOTEIO, "EREMOTEIO" },
     };
     const char *name = NULL;
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
