@@ -221,7 +221,7 @@ def test_wait_outlasts_the_failure(make):
     """Goal: on_error="wait" tries for ever: the touch goes on when the source is well again."""
     region, control = failing(make, on_error="wait", retries=0, timeout_s=0.2)
     array = region.array()
-    healer = threading.Timer(1.0, lambda: setattr(control, "fail_times", 0))
+    healer = threading.Timer(0.5, lambda: setattr(control, "fail_times", 0))
     healer.start()
     np.testing.assert_array_equal(np.add(array, 0), pattern(0, NBYTES))
     healer.join()
@@ -409,9 +409,9 @@ control.close_gate(3 * BLOCK, 4 * BLOCK)
 r = region(8 * BLOCK, provider, readahead_bytes=0)
 try:
     say("waiting")
-    threading.Timer(2.0, control.open_gate).start()
+    threading.Timer(1.0, control.open_gate).start()
     value = LIB.touch_sum(r.address + 3 * BLOCK, 1, 1)
-    time.sleep(5)
+    time.sleep(3)
 except KeyboardInterrupt:
     say("interrupted")
 assert checked(r.address, 0, 8 * BLOCK) is None
@@ -431,11 +431,11 @@ control.close_gate(3 * BLOCK, 4 * BLOCK)
 r = region(8 * BLOCK, provider, readahead_bytes=0)
 a = r.array()
 out = os.open("out", os.O_WRONLY | os.O_CREAT)
-threading.Timer(2.0, control.open_gate).start()
+threading.Timer(1.0, control.open_gate).start()
 try:
     say("waiting")
     os.write(out, a)
-    time.sleep(5)
+    time.sleep(3)
 except KeyboardInterrupt:
     say("interrupted")
 assert checked(r.address, 0, 8 * BLOCK) is None

@@ -329,6 +329,7 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
             job_unqueue(e, j)
         else:
             j.outstanding += 1
+            s.job = j                       # under the lock that fork() takes: a child finds every piece under way
             job_next_piece(e, j, r.shift, &first, &n)
     pthread_mutex_unlock(&e.job_lock)
     if j == NULL:
@@ -362,7 +363,6 @@ cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, 
     cdef int err
     stage(s, r, H_QUEUE, now_ns() - j.since_ns)
     while b < end and not u32_load(&j.cancelled) and not u32_load(&r.closing):
-        s.job = j
         got = begin_run(s, r, b, <uint32_t>(end - b), False, j.kind, MISSING)
         if got == 0 and j.kind == POPULATE:
             got = begin_run(s, r, b, 1, False, POPULATE, POISONED)
@@ -377,8 +377,7 @@ cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, 
         b += got
         if err != 0:
             job_fail(e, j, err, s.failed, s.tries)
-    s.job = NULL
-    job_piece_done(e, j)
+    job_piece_done(e, s)
 
 
 cdef void job_fail(Engine_t *e, Job_t *j, int err, uint64_t b, uint32_t tries) noexcept nogil:
@@ -395,8 +394,12 @@ cdef void job_fail(Engine_t *e, Job_t *j, int err, uint64_t b, uint32_t tries) n
     pthread_mutex_unlock(&e.job_lock)
 
 
-cdef void job_piece_done(Engine_t *e, Job_t *j) noexcept nogil:
+cdef void job_piece_done(Engine_t *e, Slot *s) noexcept nogil:
+    """The slot's piece has ended."""
+    cdef Job_t *j
     pthread_mutex_lock(&e.job_lock)
+    j = s.job
+    s.job = NULL
     j.outstanding -= 1
     job_finish(j)
     pthread_mutex_unlock(&e.job_lock)

@@ -10,6 +10,7 @@
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cython cimport no_gc_clear
+import atexit as _atexit
 import errno as _errno
 import os as _os
 
@@ -208,6 +209,12 @@ cdef class Region:
         if self.r == NULL:
             return True
         return _bury(self, patience_ns)
+
+    def _close(self, uint64_t patience_ns):
+        """As _shut; BufferError while arrays live. No array can be made between the look and the end."""
+        if self.exports:
+            raise BufferError(f"region {self.r.name.decode('utf-8', 'replace')!r}: {self.exports} arrays are in use")
+        return self._shut(patience_ns)
 
     def _shut_when_unused(self):
         """Now, or when the last array dies."""
@@ -444,6 +451,8 @@ cdef int _prepare(Region_t *r, bint shared) except? -1000:
     r.zeropage = True
     r.credit = CREDIT
     r.nested = r.fill.kind == FILL_DIRECT and region_overlaps(<uint64_t>r.fill.direct, r.nbytes)
+    r.slow = r.fill.may_block or r.nested
+    r.odd_block = r.blocks
     if shared:
         r.protect = r.writable and has(UF_FEATURE_WP_HUGETLBFS_SHMEM)
     else:
@@ -490,7 +499,7 @@ cdef bint _bury(Region region, uint64_t patience_ns):
     region.filler = None
     with nogil:
         left = region_shut(r, patience_ns)
-    if left == 0 and r.stuck == 0:
+    if left == 0 and u32_load(&r.stuck) == 0 and u32_load(&r.refs) == 0:
         free(r)
         return True
     grave = Grave()
@@ -513,7 +522,7 @@ def _sweep():
     """Lets go of what closed regions needed, once they are gone. One with a fill that hangs for ever is kept."""
     cdef Grave g
     for g in list(graveyard):
-        if u32_load(&g.r.gone) and u32_load(&g.r.stuck) == 0:
+        if u32_load(&g.r.gone) and u32_load(&g.r.stuck) == 0 and u32_load(&g.r.refs) == 0:
             graveyard.remove(g)
             free(g.r)
     return len(graveyard)
@@ -523,6 +532,10 @@ cdef int _sweep_pending(void *unused) noexcept:
     """Run by the interpreter in its main thread, at the keeper's request (Py_AddPendingCall needs no GIL)."""
     _sweep()
     return 0
+
+
+def _finalize():
+    u32_store(&finalizing, 1)
 
 
 cdef void _copy_name(char *to, str name):
@@ -536,6 +549,7 @@ cdef int _start() except -1:
     bus_deliver_set(&inline_deliver)
     if pthread_atfork(&fork_prepare, &fork_parent, &fork_child) != 0:
         raise MemoryError("pthread_atfork")
+    _atexit.register(_finalize)
     return 0
 
 

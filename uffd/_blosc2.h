@@ -663,4 +663,23 @@ static inline int uffd_b2_fill(void *frame, uint32_t slot, uint64_t offset, void
     return b2_fill_grid(self, mine, offset, block, nbytes);
 }
 
+/* The descriptor of the open file. */
+static inline int uffd_b2_fd(const struct uffd_b2 *self)
+{
+    return self->frame.fd;
+}
+
+/* In a forked child, for a slot whose thread was inside a fill: what it held may be caught in mid-change. It is left
+ * where it is (not freed), and the slot begins anew. */
+static inline void uffd_b2_forget(void *frame, uint32_t slot)
+{
+    struct uffd_b2 *self = frame;
+    if (slot >= self->slots)
+        return;
+    void *schunk = self->slot[slot].schunk;
+    memset(&self->slot[slot], 0, sizeof self->slot[slot]);
+    self->slot[slot].schunk = schunk;
+    self->slot[slot].chunk = UINT64_MAX;
+}
+
 #endif

@@ -45,6 +45,7 @@ cdef enum:                      # the state of a block: the low bits of its word
     STATE_MASK = 15
     WAITERS = 16                # somebody sleeps on the word, or in a fault that was read while the block was busy
     DEAD = 32                   # poisoned, and not to be repaired: a fill that hung may still write there
+    KEPT = 128                  # poisoned or being repaired, and it holds pages that were written
     FROM_PARENT = 64            # in a forked child, shared backing: the bytes are in the parent's pages
     OWNER_SHIFT = 8
     OWNER_MASK = 0x3ff
@@ -72,6 +73,8 @@ cdef enum:                      # a slot's life, and the phase of its fill
     BUSY = 1                    # the provider has the block; the keeper may take the blocks away (-> TIMED_OUT)
     PLACING = 2                 # the kernel has them; nobody may
     TIMED_OUT = 3
+    PHASE_MASK = 3
+    RUN_ONE = 4
 
 ctypedef int (*call_fn)(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil
 
@@ -79,6 +82,7 @@ cdef struct Fill:               # where blocks come from. Constant while a regio
     int kind
     const char *direct          # FILL_DIRECT: byte 0
     call_fn call
+    void (*forget)(void *self, uint32_t slot) noexcept nogil    # a forked child: the slot was in use. Or NULL
     void *self
     bint inline_safe            # may run in the SIGBUS handler
     bint may_block              # a fill can take long: others must not queue behind it
@@ -117,7 +121,8 @@ cdef struct Region_t:
     bint is_inline
     bint poison                 # the kernel has POISON
     bint zeropage
-    bint nested                 # FILL_DIRECT from another region's memory: it must be touched in user space
+    bint nested                 # FILL_DIRECT from another region's memory, whose faults somebody must serve
+    bint slow                   # a fill can take long: its worker counts as busy
     bint wait_for_ever          # on_error="wait"
     uint64_t timeout_ns
     uint32_t retries
@@ -125,6 +130,7 @@ cdef struct Region_t:
     Engine_t *engine
     Counters *counters          # STRIPES of them
     uint32_t *state             # one word per block, lazily touched
+    uint8_t *known              # one byte per page of words: 1 before the first word of it changes
     char name[80]
     char provider[80]
     # seen by several threads
@@ -132,6 +138,8 @@ cdef struct Region_t:
     uint32_t closing
     uint32_t stuck              # references held by workers whose fill hangs for good
     uint32_t in_child           # after a fork, shared backing: alias holds the parent's dirty blocks
+    uint64_t odd_block          # of the last SIGBUS that was none of ours, with thread delivery; a heuristic, relaxed
+    uint32_t odd_count
     uint32_t gone               # torn down: what Python kept alive for it may go
     Region_t *next_dying
     # read-ahead, under ahead_lock (a try-lock: who does not get it leaves the pattern alone)
@@ -149,7 +157,8 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint32_t index
     uint32_t kind               # SLOT_*
     uint32_t critical           # inside a change of block states; fork waits for it to be 0
-    uint32_t phase              # IDLE, BUSY, PLACING, TIMED_OUT
+    uint32_t phase              # IDLE, BUSY, PLACING, TIMED_OUT in the low bits, the number of the run above
+    uint32_t run                # that number; the owner's own
     uint32_t tid
     int cpu
     char *staging               # private page buffers, staging_bytes of them
@@ -244,6 +253,7 @@ cdef struct Engine_t:
     Region_t *dying             # closed, but still in somebody's hands: the keeper's list, under registry_lock
     uint64_t placed             # messages since the last review of placement
     uint32_t placing
+    uint32_t broken             # a forked child could not start its threads
     uint64_t read_errors
     Engine_t *next              # all engines, under registry_lock
     Counters *closed            # what regions that are gone had counted; under registry_lock
@@ -314,7 +324,7 @@ cdef bint serve_region(Slot *s, uint64_t region_id) noexcept nogil:
         return False                        # closed since the event
     n = uf_read(r.fd, message, BATCH) if not r.is_inline else 0
     if n > 0:
-        s.last_id = region_id
+        s.last_id = region_id if not r.slow else 0
         follow_faulter(s, message[0].ptid)
         serve_messages(s, r, message, n)
     elif n < 0:
@@ -437,6 +447,8 @@ cdef void demand_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint write, u
             continue
         stage(s, r, H_QUEUE, s.since_ns - t0)
         finish_run(s, r)
+        if u32_load(&s.kind) == SLOT_RETIRED:
+            return                          # the region may be gone by now
         ahead_note(s, r, <int64_t>(b + got - 1))
         b += got
 
@@ -512,8 +524,10 @@ cdef void arm_another(Engine_t *e, Slot *s) noexcept nogil:
     """Before a fill that may take long: somebody else that is free must listen."""
     cdef Slot *idle = NULL
     cdef uint32_t i
+    fence_seq()                             # of two that go in at once, one sees the other
     for i in range(e.workers):
-        if &e.slots[i] != s and u32_load(&e.slots[i].phase) == IDLE and u32_load(&e.slots[i].kind) == SLOT_WORKER:
+        if &e.slots[i] != s and u32_load(&e.slots[i].phase) & PHASE_MASK == IDLE and \
+                u32_load(&e.slots[i].kind) == SLOT_WORKER:
             if u32_load(&e.slots[i].armed):
                 return
             idle = &e.slots[i]

@@ -86,11 +86,19 @@ cdef void settle(Engine_t *e) noexcept nogil:
             sched_yield()
 
 
+cdef inline bint phase_change(Slot *s, uint32_t old, uint32_t new) noexcept nogil:
+    """The owner's step of its own run; False if the keeper took the run away."""
+    return u32_cas(&s.phase, s.run | old, s.run | new)
+
+
 cdef bint claim(Slot *s, Region_t *r, uint64_t b, uint32_t from_state) noexcept nogil:
     cdef uint32_t word = u32_load(&r.state[b])
     cdef uint32_t mine
+    r.known[b * 4 / PAGE] = 1
     while word & STATE_MASK == from_state and word & DEAD == 0:
-        mine = FILLING | (word & (WAITERS | FROM_PARENT)) | ((s.index + 1) << OWNER_SHIFT)
+        mine = FILLING | (word & (WAITERS | FROM_PARENT | KEPT)) | ((s.index + 1) << OWNER_SHIFT)
+        if from_state == DIRTY:
+            mine |= KEPT
         mine |= ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT
         if u32_cas(&r.state[b], word, mine):
             return True
@@ -112,7 +120,7 @@ cdef void publish(Region_t *r, uint64_t b, uint64_t n, uint32_t state) noexcept 
         old = u32_load(&r.state[i])
         new = state | (old >> GENERATION_SHIFT << GENERATION_SHIFT)
         if state & STATE_MASK == MISSING or state & STATE_MASK == POISONED:
-            new |= old & FROM_PARENT        # set before the first thread ran; WAITERS alone can change beside us
+            new |= old & (FROM_PARENT | KEPT)   # set before the first thread ran; WAITERS alone can change beside us
         old = u32_swap(&r.state[i], new)
         if old & WAITERS:
             asked = True
@@ -161,7 +169,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         s.first = b
         s.count = n
         s.cause = cause
-        s.write = write or not r.protect and r.writable or u32_load(&r.state[b]) & FROM_PARENT
+        s.write = write or not r.protect and r.writable or u32_load(&r.state[b]) & (FROM_PARENT | KEPT)
         s.repair = from_state != MISSING
         s.tries = 0
         s.last_error = 0
@@ -169,7 +177,8 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         s.nudged = 0
         s.deadline_ns = now_ns() + r.timeout_ns
         u64_store(&s.since_ns, s.deadline_ns - r.timeout_ns)
-        u32_store(&s.phase, BUSY)
+        s.run += RUN_ONE
+        u32_store(&s.phase, s.run | BUSY)
     critical_leave(s)
     return n
 
@@ -181,20 +190,21 @@ cdef int finish_run(Slot *s, Region_t *r) noexcept nogil:
     neighbours along, and the bad ones again after growing pauses.
     """
     cdef int err
-    if r.fill.may_block:
+    if r.slow:
         enter_blocking(s)
     err = attempt(s, r, s.first, s.count)
     if err != 0 and err != LATE:
         err = retry_run(s, r, err)
+    if err != LATE and not phase_change(s, BUSY, IDLE):
+        err = LATE                          # taken between two tries
     while err == LATE and u32_load(&s.kind) != SLOT_RETIRED:
         sched_yield()                       # the keeper is still answering for the run
-    if r.fill.may_block:
+    if r.slow:
         leave_blocking(s)
     if err == LATE:
         u32_sub(&r.stuck, 1)                # it came back after all; its reference goes now
         return -ETIMEDOUT                   # the keeper has answered for the run; this worker is retired
     u64_store(&s.since_ns, 0)
-    u32_store(&s.phase, IDLE)
     return err
 
 
@@ -245,7 +255,7 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
     cdef int err = obtain(s, r, offset, nbytes, &source)
     t1 = now_ns()
     stage(s, r, H_FILL, t1 - t0)
-    if not u32_cas(&s.phase, BUSY, PLACING):
+    if not phase_change(s, BUSY, PLACING):
         return LATE                         # timed out: whatever came is too late
     if err == 0:
         critical_enter(s)
@@ -257,7 +267,7 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
             publish(r, b, n, DIRTY if s.write or err > 0 else CLEAN)
             err = 0
         critical_leave(s)
-    u32_store(&s.phase, BUSY)
+    u32_store(&s.phase, s.run | BUSY)
     if err != 0:
         count(s, r, C_ERRORS, 1)
     return err
@@ -277,6 +287,8 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     if r.fill.kind == FILL_ZERO and (not r.minor or s.repair):
         source[0] = NULL if r.zeropage and not r.writable else zero_bytes
         return 0
+    if r.minor and not s.repair and r.fill.kind == FILL_DIRECT and not r.nested and nbytes == span:
+        return write_pages(r, offset, nbytes)
     if r.minor and not s.repair:
         if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>span) != 0:
             return -errno                   # said here, where it is an error and not a SIGBUS
@@ -285,15 +297,54 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
         target = r.alias + offset
     source[0] = target
     if r.fill.kind == FILL_DIRECT:
-        memcpy(target, r.fill.direct + offset, nbytes)
+        err = copy_direct(r, target, r.fill.direct + offset, nbytes)
+        if err != 0:
+            return err
     elif r.fill.kind == FILL_ZERO:
         memset(target, 0, nbytes)
     else:
         err = r.fill.call(r.fill.self, s.index, offset, target, nbytes)
         if err != 0:
-            return err if err < 0 else -EIO
+            return err if -1000 < err < 0 else -EIO
     if span > nbytes:
         memset(target + nbytes, 0, span - nbytes)
+    return 0
+
+
+cdef int copy_direct(Region_t *r, char *target, const char *source, uint64_t nbytes) noexcept nogil:
+    """Memory to memory, where bad source memory is EFAULT and no signal. Memory of another region that the kernel can't
+    have filled (inline delivery, user mode) is touched here, which has it filled."""
+    cdef int err = copy_guarded(target, source, nbytes)
+    if err == -EFAULT and r.nested and not poisoned_within(<uint64_t>source, nbytes):
+        memcpy(target, source, nbytes)
+        err = 0
+    return err
+
+
+cdef bint poisoned_within(uint64_t start, uint64_t nbytes) noexcept nogil:
+    cdef uint64_t address = start
+    cdef Region_t *r
+    cdef bint bad = False
+    while address < start + nbytes and not bad:
+        r = region_at(address)
+        if r != NULL:
+            bad = u32_load(&r.state[(address - <uint64_t>r.base) >> r.shift]) & STATE_MASK == POISONED
+            region_release(r)
+        address = (address & ~(PAGE - 1)) + PAGE
+    return bad
+
+
+cdef int write_pages(Region_t *r, uint64_t offset, uint64_t nbytes) noexcept nogil:
+    """From memory into shared pages through the file: a source that is gone (a mapped file that was cut) is EFAULT and
+    not SIGBUS, and the pages need no zeroing first."""
+    cdef uint64_t at = 0
+    cdef int64_t n
+    while at < nbytes:
+        n = pwrite(r.memfd, r.fill.direct + offset + at, nbytes - at, <int64_t>(offset + at))
+        if n > 0:
+            at += <uint64_t>n
+        elif n == 0 or errno != EINTR:
+            return -errno if n < 0 else -EIO
     return 0
 
 
@@ -450,6 +501,8 @@ cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept 
 cdef int fail_run(Slot *s, Region_t *r, int err) noexcept nogil:
     """Gives up the blocks of the run that are still owned: poisoned for a touch, missing again for anybody else."""
     cdef uint64_t b
+    if not phase_change(s, BUSY, PLACING):
+        return LATE
     s.failed = s.first + s.count
     critical_enter(s)
     for b in range(s.first, s.first + s.count):
@@ -458,6 +511,7 @@ cdef int fail_run(Slot *s, Region_t *r, int err) noexcept nogil:
                 s.failed = b
             fail_block(s, r, b, err, s.tries, 0)
     critical_leave(s)
+    u32_store(&s.phase, s.run | BUSY)
     return err
 
 
@@ -467,7 +521,7 @@ cdef void fail_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t tries, 
     note.block = b
     note.error = err
     note.tries = tries
-    if r.minor:
+    if r.minor and u32_load(&r.state[b]) & KEPT == 0:
         fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <int64_t>(b << r.shift),
                   <int64_t>block_span(r, b))                # half-filled pages must never be mapped
     if (s.cause != DEMAND or u32_load(&r.closing)) and flags & DEAD == 0:
@@ -492,7 +546,8 @@ cdef void unpoison_pages(Region_t *r, uint64_t b) noexcept nogil:
     cdef char *start = r.base + (b << r.shift)
     if not r.poison and not r.is_inline:
         mprotect(start, block_span(r, b), PROT_READ | PROT_WRITE if r.writable else PROT_READ)
-    madvise(start, block_span(r, b), MADV_DONTNEED)
+    if r.memfd >= 0 and not r.in_child:     # private memory: a COPY goes over the poison, and what was written stays
+        madvise(start, block_span(r, b), MADV_DONTNEED)
 
 
 cdef void poison_block(Region_t *r, uint64_t b) noexcept nogil:

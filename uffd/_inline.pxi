@@ -187,7 +187,7 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
         if u32_load(&r.closing):
             return BUS_NOT_OURS             # its memory is about to go: the program used it after closing it
         if not r.is_inline:
-            return BUS_SERVED               # repaired since: a message says the rest
+            return odd_fault(r, b, state)
         if state == MISSING and r.fill.inline_safe:
             verdict = inline_fill(r, b, write > 0, MISSING)
         elif state == MISSING:
@@ -199,6 +199,19 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
             verdict = inline_wait(r, b, word)
         if verdict != BUS_NOT_OURS:
             return verdict
+
+
+cdef int odd_fault(Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+    """SIGBUS with thread delivery, and the block is not poisoned: repaired since, or a cause that is none of ours (a
+    memory error, no room in shared memory), which stays."""
+    if state != FILLING and b == r.odd_block:
+        r.odd_count += 1
+        if r.odd_count > 1000:
+            return BUS_NOT_OURS
+    else:
+        r.odd_block = b
+        r.odd_count = 0
+    return BUS_SERVED
 
 
 cdef int inline_fill(Region_t *r, uint64_t b, bint write, uint32_t from_state) noexcept nogil:
@@ -235,10 +248,10 @@ cdef int inline_present(Region_t *r, uint64_t b, int write, uint32_t state) noex
     """A fault on a block that is there: its first write, somebody else's fill just ended, or pages were dropped."""
     cdef Slot *s
     cdef int verdict = BUS_SERVED
-    if state == CLEAN and write <= 0 and block_present(r, b):
-        if write == 0:
-            return BUS_SERVED
-        write = 1                           # present and faulting: it can only have been a write
+    if state == CLEAN and write < 0 and (r.minor or block_present(r, b)):
+        write = 1                           # there, and faulting: a write (of a shared block at least maybe)
+    elif state == CLEAN and write == 0 and block_present(r, b):
+        return BUS_SERVED
     s = inline_borrow(r.engine)
     if write > 0 and state == CLEAN and lift_run(s, r, b, 1):
         count(s, r, C_FAULTS_WP, 1)

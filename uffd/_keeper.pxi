@@ -10,6 +10,7 @@
 cdef enum:
     TICK_IDLE_MS = 500
     TICK_BUSY_MS = 10
+cdef uint32_t finalizing = 0                # the interpreter is on its way out: it is not to be called any more
 cdef uint64_t PATIENCE_NS = 2 * SECOND_NS   # of a wait before the user is told
 cdef uint64_t STALL_NS = 20000000           # all workers inside slow fills before another one is started
 
@@ -67,7 +68,8 @@ cdef int keeper_tick(Engine_t *e) noexcept nogil:
     else:
         int_disarm()
     thread_take_int(waiting)
-    u32_store(&e.keeper_alert, 0)
+    u32_swap(&e.keeper_alert, 0)            # before `busy` is read: pairs with enter_blocking
+    fence_seq()
     if u32_load(&e.busy) < u32_load(&e.alive) or u32_load(&e.alive) >= MAX_WORKERS:
         e.stalled_ns = 0
     elif e.stalled_ns == 0:
@@ -89,6 +91,10 @@ cdef void stand_in_start(Engine_t *e) noexcept nogil:
         if u32_load(&e.slots[i].kind) == SLOT_FREE:
             worker_start(e, &e.slots[i], -1)    # no thread to be had: tried again at the next tick
             break
+    else:
+        if u32_load(&e.alive) == 0:
+            say_lost()
+            bus_die()
     e.stalled_ns = 0
 
 
@@ -139,8 +145,10 @@ cdef void keeper_time_out(Engine_t *e, Slot *s, Region_t *r, uint64_t since) noe
     """
     cdef Slot *me = &e.slots[KEEPER_SLOT]
     cdef uint64_t b
+    cdef uint32_t phase = u32_load(&s.phase)    # with the run's number: no later run can be taken for this one
     critical_enter(me)
-    if u64_load(&s.since_ns) != since or not u32_cas(&s.phase, BUSY, TIMED_OUT):
+    if u64_load(&s.since_ns) != since or phase & PHASE_MASK != BUSY or not u32_cas(
+            &s.phase, phase, phase & ~<uint32_t>PHASE_MASK | TIMED_OUT):
         critical_leave(me)
         return                              # it has just come back
     u32_add(&r.stuck, 1)
@@ -150,8 +158,8 @@ cdef void keeper_time_out(Engine_t *e, Slot *s, Region_t *r, uint64_t since) noe
     critical_leave(me)
     if s.job != NULL:
         job_fail(e, s.job, -ETIMEDOUT, s.first, s.tries + 1)
-        job_piece_done(e, s.job)
-    if r.fill.may_block:
+        job_piece_done(e, s)
+    if r.slow:
         u32_sub(&e.busy, 1)
     u32_sub(&e.alive, 1)
     u32_store(&s.kind, SLOT_RETIRED)
@@ -174,7 +182,7 @@ cdef void keeper_reap(Engine_t *e) noexcept nogil:
         else:
             at = &r.next_dying
     pthread_mutex_unlock(&registry_lock)
-    if reaped:
+    if reaped and not u32_load(&finalizing):
         Py_AddPendingCall(&_sweep_pending, NULL)    # refused when its queue is full: the next API call sweeps too
 
 
@@ -192,6 +200,13 @@ cdef void say_waiting(Slot *s, Region_t *r, uint64_t age_ns) noexcept nogil:
         line_text(&l, b", last: ")
         line_errno(&l, -s.last_error)
     line_text(&l, b" (Ctrl-C twice gives up)")
+    line_say(&l)
+
+
+cdef void say_lost() noexcept nogil:
+    cdef line l
+    l.n = 0
+    line_text(&l, b"uffd: every worker is stuck in a fill that hangs; nobody is left to serve a fault")
     line_say(&l)
 
 

@@ -95,13 +95,19 @@ cdef int region_make(Region_t *r) noexcept nogil:
     return 0
 
 
+cdef inline uint64_t state_bytes(Region_t *r) noexcept nogil:
+    """The words, and behind them a byte per page of words."""
+    return page_round(r.blocks * 4) + page_round(r.blocks * 4 / PAGE + 1)
+
+
 cdef int region_map(Region_t *r) noexcept nogil:
     cdef int protection = PROT_READ | PROT_WRITE if r.writable else PROT_READ
     cdef bint shared = r.memfd >= 0
-    r.state = <uint32_t *>map_lazy(page_round(r.blocks * 4), PROT_READ | PROT_WRITE, -1)
+    r.state = <uint32_t *>map_lazy(state_bytes(r), PROT_READ | PROT_WRITE, -1)
     r.counters = <Counters *>map_lazy(page_round(STRIPES * sizeof(Counters)), PROT_READ | PROT_WRITE, -1)
     if r.state == NULL or r.counters == NULL:
         return -ENOMEM
+    r.known = <uint8_t *>r.state + page_round(r.blocks * 4)
     if shared:
         if ftruncate(r.memfd, <int64_t>r.span) != 0:
             return -errno
@@ -128,8 +134,9 @@ cdef void region_unmap(Region_t *r) noexcept nogil:
         munmap(r.alias, r.span)             # else a fill that hangs may still write there: it stays for ever
     if r.memfd >= 0:
         close(r.memfd)
-    if r.stuck == 0:
-        munmap(r.state, page_round(r.blocks * 4))
+    if r.stuck == 0 and r.state != NULL:
+        munmap(r.state, state_bytes(r))
+    if r.stuck == 0 and r.counters != NULL:
         munmap(r.counters, page_round(STRIPES * sizeof(Counters)))
     r.fd = -1
     r.memfd = -1
@@ -321,8 +328,9 @@ cdef void worker_ends(Slot *s) noexcept nogil:
     s.phase = IDLE
     s.job = NULL
     s.tid = 0
-    if u32_swap(&s.kind, SLOT_FREE) == SLOT_RETIRED:
+    if u32_load(&s.kind) == SLOT_RETIRED:
         u32_add(&s.engine.alive, 1)         # it was counted out when it was given up
+    u32_store(&s.kind, SLOT_FREE)
 
 
 cdef void slot_close(Slot *s) noexcept nogil:
@@ -430,6 +438,7 @@ cdef void fork_child() noexcept nogil:
     u32_store_seq(&fork_gate, 0)
     pthread_mutex_init(&registry_lock, NULL)
     memset(stripe, 0, sizeof(stripe))
+    bus_after_fork()
     while e != NULL:
         child_engine(e)
         e = e.next
@@ -443,18 +452,17 @@ cdef void child_engine(Engine_t *e) noexcept nogil:
     cdef Slot *s
     cdef Job_t *j
     pthread_mutex_init(&e.job_lock, NULL)
+    while e.jobs != NULL:
+        j = e.jobs
+        e.jobs = j.next
+        j.queued = 0
+        u32_store(&j.cancelled, 1)
+        job_finish(j)
     for i in range(<uint32_t>MAX_SLOTS):
         s = &e.slots[i]
         child_slot(s)
     close(e.faults_fd)
     close(e.keeper_fd)
-    while e.jobs != NULL:
-        j = e.jobs
-        e.jobs = j.next
-        j.queued = 0
-        j.outstanding = 0
-        u32_store(&j.cancelled, 1)
-        job_finish(j)
     e.jobs_waiting = 0
     e.idle[0] = 0
     e.idle[1] = 0
@@ -464,8 +472,9 @@ cdef void child_engine(Engine_t *e) noexcept nogil:
     e.dying = NULL
     e.stalled_ns = 0
     e.placing = 0
-    if engine_start(e) != 0:
-        say_child(b"a forked child could not start its workers; it will not get past a missing page")
+    e.broken = engine_start(e) != 0
+    if e.broken:
+        say_child(b"a forked child could not start its workers; touching a missing page will end it")
 
 
 cdef void child_slot(Slot *s) noexcept nogil:
@@ -475,7 +484,14 @@ cdef void child_slot(Slot *s) noexcept nogil:
     if s.since_ns != 0 and r != NULL and r.id == s.region_id:
         for b in range(s.first, s.first + s.count):
             if owned(s, r, b):
-                r.state[b] = MISSING | (r.state[b] & FROM_PARENT)
+                r.state[b] = (POISONED | <uint32_t>EIO << OWNER_SHIFT if s.repair else MISSING) | (
+                    r.state[b] & (FROM_PARENT | KEPT))      # a repair: the poison may still lie there
+        if r.fill.forget != NULL:
+            r.fill.forget(r.fill.self, s.index)             # caught in the middle of a change
+    if s.job != NULL:
+        u32_store(&s.job.cancelled, 1)
+        s.job.outstanding -= 1
+        job_finish(s.job)
     slot_close(s)
     s.critical = 0
     s.phase = IDLE
@@ -487,13 +503,13 @@ cdef void child_slot(Slot *s) noexcept nogil:
 
 
 cdef void child_region(Region_t *r) noexcept nogil:
-    cdef int err = 0
+    cdef int err = -EAGAIN if r.engine.broken else 0
     r.refs = 0
     r.stuck = 0
     r.ahead_lock = 0
     if r.fd >= 0:
         close(r.fd)                         # the parent still has it: nobody is woken by this
-    if r.memfd >= 0 and not r.in_child:
+    if err == 0 and r.memfd >= 0 and not r.in_child:
         err = child_make_private(r)
     if err == 0:
         err = region_listen(r)
@@ -502,7 +518,8 @@ cdef void child_region(Region_t *r) noexcept nogil:
     if err == 0 and r.protect:
         child_protect(r)
     if err != 0:
-        map_forbid(r.base, r.span)          # a signal, and no zeros
+        if map_forbid(r.base, r.span) != 0:
+            bus_die()                       # a signal, and no zeros
         say_child(b"a forked child could not take a region over; it will die if it touches it")
 
 
@@ -549,7 +566,7 @@ cdef bint next_known(Region_t *r, uint64_t *first, uint64_t *end) noexcept nogil
         end[0] = (first[0] / per_page + 1) * per_page
         if end[0] > r.blocks:
             end[0] = r.blocks
-        if page_present(<char *>r.state + first[0] / per_page * PAGE):
+        if r.known[first[0] / per_page]:
             return True
         first[0] = end[0]
     return False

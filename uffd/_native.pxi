@@ -35,6 +35,8 @@ cdef extern from "_blosc2.h" nogil:
     int uffd_b2_open(uffd_b2 **out, const char *path, uint64_t offset, uint32_t slots, uffd_b2_info *info) noexcept
     int uffd_b2_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
     void uffd_b2_close(uffd_b2 *self) noexcept
+    int uffd_b2_fd(const uffd_b2 *self) noexcept
+    void uffd_b2_forget(void *self, uint32_t slot) noexcept
 
 cdef struct FileSource:
     int fd
@@ -175,7 +177,9 @@ cdef class Filler:
         err = uffd_b2_open(&f.frame, path, offset, MAX_SLOTS, &info)
         if err != 0:
             raise _os_error(err, f"no readable Blosc2 frame at byte {offset} of {path!r}")
-        f.remake = lambda: Filler.blosc2(library, path, offset)
+        same = b"/proc/self/fd/%d" % uffd_b2_fd(f.frame)      # the path may name another file by then
+        f.remake = lambda: Filler.blosc2(library, same, offset)
+        f.fill.forget = &uffd_b2_forget
         f.kind = "blosc2"
         f.nbytes = info.nbytes
         f.info = {"chunk_bytes": info.chunk_bytes, "block_bytes": info.block_bytes, "typesize": info.typesize,

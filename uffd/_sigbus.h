@@ -185,12 +185,17 @@ static void int_handler(int number, siginfo_t *info, void *context)
 
 static inline void int_arm(void)                 /* called by a keeper, which then lets SIGINT through to itself */
 {
-    struct sigaction ours = { .sa_sigaction = int_handler, .sa_flags = SA_SIGINFO | SA_RESTART };
+    struct sigaction ours = { .sa_sigaction = int_handler, .sa_flags = SA_SIGINFO };
     if (!u32_cas(&int_armed, 0, 1))
         return;
     u64_store(&int_first_ns, 0);
     sigemptyset(&ours.sa_mask);
-    sigaction(SIGINT, NULL, &int_chain);
+    struct sigaction now;
+    sigaction(SIGINT, NULL, &now);
+    if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == int_handler)
+        return;                                  /* another engine's keeper was between its two steps */
+    int_chain = now;
+    ours.sa_flags |= now.sa_flags & SA_RESTART;  /* what input() and sockets do on Ctrl-C stays as it was */
     if ((int_chain.sa_flags & SA_SIGINFO) == 0 && (int_chain.sa_handler == SIG_IGN || int_chain.sa_handler == SIG_DFL))
         return;                                  /* nobody catches it: one Ctrl-C does what it always does */
     sigaction(SIGINT, &ours, NULL);
@@ -204,6 +209,15 @@ static inline void int_disarm(void)
     if (sigaction(SIGINT, NULL, &now) == 0 && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == int_handler)
         sigaction(SIGINT, &int_chain, NULL);
     u32_store(&int_armed, 0);
+}
+
+/* In a forked child, which has one thread: nobody is inside any of this. */
+static inline void bus_after_fork(void)
+{
+    u32_store(&bus_lock, 0);
+    u32_store(&bus_chained_tid, 0);
+    int_disarm();
+    bus_ensure();
 }
 
 static inline void thread_take_int(int yes)

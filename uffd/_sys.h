@@ -33,6 +33,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 
 /* ---- userfaultfd: constants, each with the kernel that introduced it ------------------------------------------ */
 
@@ -290,6 +291,21 @@ static inline int page_present(char *page)
 {
     unsigned char there = 0;
     return mincore(page, 1, &there) == 0 && (there & 1);
+}
+
+/* memcpy within this process that answers -EFAULT for a source that is not there. */
+static inline int copy_guarded(char *target, const char *source, uint64_t nbytes)
+{
+    while (nbytes) {
+        struct iovec to = { target, nbytes }, from = { (void *)(uintptr_t)source, nbytes };
+        ssize_t n = process_vm_readv(getpid(), &to, 1, &from, 1, 0);
+        if (n <= 0)
+            return n < 0 ? -errno : -EFAULT;
+        target += n;
+        source += n;
+        nbytes -= (uint64_t)n;
+    }
+    return 0;
 }
 
 static inline int sys_memfd(const char *name)

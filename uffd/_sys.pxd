@@ -65,6 +65,7 @@ cdef extern from "_sys.h" nogil:
     char *map_lazy(uint64_t len, int protection, int fd) noexcept
     int map_forbid(char *start, uint64_t len) noexcept
     bint page_present(char *page) noexcept
+    int copy_guarded(char *target, const char *source, uint64_t nbytes) noexcept
     int sys_memfd(const char *name) noexcept
     int sys_eventfd() noexcept
     void eventfd_raise(int fd) noexcept
@@ -102,6 +103,7 @@ cdef extern from "_sys.h" nogil:
     int ftruncate(int fd, int64_t len) noexcept
     int close(int fd) noexcept
     int64_t pread(int fd, void *block, size_t nbytes, int64_t offset) noexcept
+    int64_t pwrite(int fd, const void *block, size_t nbytes, int64_t offset) noexcept
     int64_t sysconf(int name) noexcept
     int sched_yield() noexcept
     int PROT_NONE, PROT_READ, PROT_WRITE, MADV_DONTNEED, MAP_FIXED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
@@ -123,6 +125,7 @@ cdef extern from "_sigbus.h" nogil:
     void bus_deliver_set(int (*deliver)(uint64_t address, int write) noexcept) noexcept
     int bus_ensure() noexcept
     void bus_die() noexcept
+    void bus_after_fork() noexcept
     void int_arm() noexcept
     void int_disarm() noexcept
     void thread_take_int(int yes) noexcept

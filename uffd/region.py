@@ -231,9 +231,7 @@ class Region(_core.Region):
 
         Waits at most a second for fills under way; a longer one keeps the region's memory until it ends.
         """
-        if self.exports:
-            raise BufferError(f"region {self.name!r}: {self.exports} arrays are in use")
-        self._shut(10**9)
+        self._close(10**9)
 
     def _check_open(self) -> None:
         if self.closed:

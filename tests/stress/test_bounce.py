@@ -85,7 +85,7 @@ def test_bounce(where):
     rng = seeded("bounce")
     area, counts = np.zeros(PAGES * PAGE, "u1"), np.zeros(PAGES, "u8")
     library().oracle_write(area.ctypes.data, PAGES, PAGE)
-    deadline = time.monotonic() + stress_seconds() / 2
+    deadline = time.monotonic() + stress_seconds() / 5
     rounds = operations = 0
     while rounds < 2 or time.monotonic() < deadline:
         options = {"block_bytes": PAGE << rng.randrange(5), "readahead_bytes": rng.choice([None, 0]), **where.options}
@@ -134,4 +134,4 @@ while rounds < 2 or time.monotonic() < deadline:
     assert LIB.oracle_check(area.ctypes.data, PAGES, PAGE, counts.ctypes.data) == 0
     rounds += 1
 say(f"{rounds} rounds")
-""", 50 + 2 * stress_seconds(), where=where, argv=[stress_seconds() / 2]).check()
+""", 50 + 2 * stress_seconds(), where=where, argv=[stress_seconds() / 5]).check()

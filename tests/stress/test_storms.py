@@ -8,7 +8,7 @@ from support.scripts import run_script
 pytestmark = pytest.mark.deadline(60, per_stress_second=3)
 
 
-def run(code, where, share=0.4, **options):
+def run(code, where, share=0.12, **options):
     """Run code with `seconds` to spend: a share of UFFD_STRESS_SECONDS."""
     seconds = share * stress_seconds()
     return run_script(f"deadline = time.monotonic() + {seconds}\n" + code, 40 + 2 * seconds, where=where,
@@ -49,7 +49,7 @@ for thread in threads:
     thread.join()
 assert not wrong, wrong
 say(f"{advised} calls")
-""", where, 0.2, argv=[advice])
+""", where, 0.06, argv=[advice])
 
 
 def test_dropped_page_comes_back(where):
@@ -105,7 +105,7 @@ while time.monotonic() < deadline:
     sent += sum(totals)
     r.close()
 say(f"{sent} signals")
-""", where, 0.3, user_mode=user_mode)
+""", where, 0.08, user_mode=user_mode)
 
 
 def test_fork_storm(where):
@@ -222,7 +222,7 @@ while time.monotonic() < deadline or rounds < 5:
         before = leaks.take()
 left = leaks.settle(before, 5.0)
 assert not left, left
-""", where, 0.2)
+""", where, 0.08)
 
 
 def test_everything_at_once(where):
@@ -296,7 +296,7 @@ while time.monotonic() < deadline:
     assert not wrong, wrong
     for r in regions:
         r.close()
-""", where, 0.2)
+""", where, 0.08)
 
 
 def test_all_of_the_matrix_together():
@@ -318,4 +318,4 @@ while time.monotonic() < deadline:
                 assert checked(target.address, 0, 16 * BLOCK) is None, (str(first), str(second))
                 assert target.dirty().all() and not source.dirty().any()
                 del a, b
-""", None, 0.2)
+""", None, 0.12)
