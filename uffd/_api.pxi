@@ -340,7 +340,7 @@ cdef class Region:
         cdef uint32_t word = u32_load(&r.state[b])
         if word & STATE_MASK != POISONED:
             return 0, 0, False
-        return (word >> OWNER_SHIFT) & OWNER_MASK, tries_of(r, b), word & DEAD != 0
+        return errno_of(r, b), tries_of(r, b), word & DEAD != 0
 
     def _counts(self):
         """(counters, stages): sums over the stripes. Stops nobody."""

@@ -16,6 +16,7 @@
 
 cdef enum:
     OP_COPY, OP_CONTINUE, OP_ZEROPAGE, OP_POISON
+    ERRNO_MAX = 4095                # what the kernel itself takes for -errno
     LATE = -100000                  # no errno: the keeper took the run away while the provider had it
 
 cdef uint32_t fork_gate = 0         # 1 while fork() copies this process: nobody changes a block's state then
@@ -305,7 +306,7 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     else:
         err = r.fill.call(r.fill.self, s.index, offset, target, nbytes)
         if err != 0:
-            return err if -1000 < err < 0 else -EIO
+            return err if -ERRNO_MAX <= err < 0 else -EIO
     if span > nbytes:
         memset(target + nbytes, 0, span - nbytes)
     return 0
@@ -569,17 +570,22 @@ cdef void describe_block(line *l, Region_t *r, uint64_t b) noexcept nogil:
 cdef void say_poison(Region_t *r, uint64_t b) noexcept nogil:
     """The last words before SIGBUS. Async-signal-safe."""
     cdef line l
-    cdef uint32_t word = u32_load(&r.state[b])
     l.n = 0
     describe_block(&l, r, b)
     line_text(&l, b"could not be filled from ")
     line_text(&l, r.provider)
     line_text(&l, b": ")
-    line_errno(&l, <int>((word >> OWNER_SHIFT) & OWNER_MASK))
+    line_errno(&l, errno_of(r, b))
     line_text(&l, b" after ")
     line_number(&l, tries_of(r, b))
     line_text(&l, b" tries; this touch can't go on (populate() raises instead, and repairs the block)")
     line_say(&l)
+
+
+cdef int errno_of(Region_t *r, uint64_t b) noexcept nogil:
+    if r.error[b & (ERRORS - 1)].block == b:
+        return -r.error[b & (ERRORS - 1)].error
+    return <int>((u32_load(&r.state[b]) >> OWNER_SHIFT) & OWNER_MASK)   # 10 bits of it: enough for what Linux has
 
 
 cdef uint32_t tries_of(Region_t *r, uint64_t b) noexcept nogil:

@@ -442,7 +442,8 @@ cdef void fork_child() noexcept nogil:
     while e != NULL:
         child_engine(e)
         e = e.next
-    if snapshot != NULL:
+    if snapshot != NULL and snapshot.n:
+        bus_ensure()                        # somebody of the parent may have been in the middle of it
         for i in range(snapshot.n):
             child_region(snapshot.entry[i].region)
 

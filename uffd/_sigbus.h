@@ -217,7 +217,6 @@ static inline void bus_after_fork(void)
     u32_store(&bus_lock, 0);
     u32_store(&bus_chained_tid, 0);
     int_disarm();
-    bus_ensure();
 }
 
 static inline void thread_take_int(int yes)

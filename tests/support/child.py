@@ -15,7 +15,7 @@ import sys
 import tempfile  # noqa: F401
 import threading
 import time
-import warnings  # noqa: F401
+import warnings
 
 import numpy as np  # noqa: F401
 import uffd
@@ -40,6 +40,11 @@ def drop_privileges():
         os.setgid(65534)
         os.setuid(65534)
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def expect_user_mode():
+    """The one warning of user mode is tested on its own; elsewhere it would only be among what scripts say."""
+    warnings.filterwarnings("ignore", "only user-mode faults", uffd.DegradedWarning)
 
 
 def region(nbytes=None, provider=None, **options):
@@ -98,5 +103,6 @@ def in_child(function, timeout_s=10.0):
         os._exit(code)
 
 
+expect_user_mode()
 if os.environ.get("UFFD_TEST_DROP") == "1":
     drop_privileges()

@@ -83,7 +83,6 @@ def serve():
             os.close(wake)
             code = become(request)
             os.close(waker)
-            warnings.resetwarnings()
             return code
         running[pid] = request["id"]
         answer(f"pid {request['id']} {pid}")
