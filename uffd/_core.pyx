@@ -299,19 +299,21 @@ cdef void wait_for_faults(Engine_t *e, Slot *s, int timeout_ms) noexcept nogil:
     cdef uint64_t event[2]
     cdef uint64_t ids[16]
     cdef int i, n
+    cdef bint faults = False
     n = epoll_take(s.epoll_fd, event, 2, timeout_ms)
     for i in range(n):
         if event[i] == EVENT_WAKE:
             eventfd_clear(s.wake_fd)
+        else:
+            faults = True
+    if not faults:
+        return
+    s.turns += 1
+    if s.turns & 15 and serve_region(s, s.last_id):
+        return                              # most faults come from where the last one came from: one call less
+    n = epoll_take(e.faults_fd, ids, 16, 0)
     for i in range(n):
-        if event[i] == EVENT_FAULTS:
-            s.turns += 1
-            if s.turns & 15 and serve_region(s, s.last_id):
-                return                      # most faults come from where the last one came from: one call less
-            n = epoll_take(e.faults_fd, ids, 16, 0)
-            for i in range(n):
-                serve_region(s, ids[i])
-            return
+        serve_region(s, ids[i])
 
 
 cdef bint serve_region(Slot *s, uint64_t region_id) noexcept nogil:

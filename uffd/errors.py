@@ -3,7 +3,7 @@ to do."""
 
 from __future__ import annotations
 
-__all__ = ["DegradedWarning", "ProviderError", "RegionClosed", "Unavailable", "UffdError"]
+__all__ = ["DegradedWarning", "ProviderError", "RegionClosed", "UffdError", "Unavailable"]
 
 
 class UffdError(Exception):

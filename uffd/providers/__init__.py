@@ -218,7 +218,7 @@ def _data_address(data: Any) -> tuple[int, Any]:
         return data, None
     if type(data).__name__ == "PyCapsule":
         return _core.capsule_address(data)[0], None
-    if isinstance(data, ctypes.c_void_p) or isinstance(data, ctypes._Pointer):
+    if isinstance(data, (ctypes.c_void_p, ctypes._Pointer)):
         return ctypes.cast(data, ctypes.c_void_p).value or 0, None
     view = memoryview(data)
     return _core.buffer_address(view), view
