@@ -104,6 +104,7 @@ def extensions() -> list[Extension]:
         define_macros=[("Py_LIMITED_API", "0x030b0000")] if LIMITED else [],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
+        libraries=["dl"],  # dlopen, in glibc before 2.34 (manylinux_2_28); a stub since
         py_limited_api=LIMITED,
     )]
 
