@@ -101,14 +101,17 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm():
+def warm(request):
     """Make what is made once per process before anything is counted: the default engine, each kind of region."""
     import numpy as np
     import uffd
 
     native.library()
-    scripts.zygote(None)
-    scripts.zygote(shim.path())
+    modules = [item.module for item in request.session.items]
+    if any(hasattr(module, "run_script") for module in modules):
+        scripts.zygote(None)
+    if any(hasattr(module, "shim") for module in modules):
+        scripts.zygote(shim.path())
     for where in matrix.WHERES:
         if where.unavailable() is None:
             with uffd.Region(1 << 20, uffd.providers.Zero(), **where.options) as region:

@@ -317,7 +317,7 @@ cdef class Region:
         cdef Region_t *r = _live(self)
         cdef Py_buffer view
         cdef int64_t *pair
-        cdef uint64_t i, b
+        cdef uint64_t i, b, end
         cdef uint32_t n
         cdef Slot *s
         PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
@@ -327,8 +327,9 @@ cdef class Region:
             s = inline_borrow(r.engine)
             for i in range(<uint64_t>view.len // 16):
                 b = <uint64_t>pair[2 * i]
-                while b < <uint64_t>pair[2 * i + 1]:
-                    n = lift_run(s, r, b, <uint32_t>MAX_RUN)
+                end = <uint64_t>pair[2 * i + 1]
+                while b < end:
+                    n = lift_run(s, r, b, <uint32_t>(end - b if end - b < MAX_RUN else MAX_RUN))
                     b += n if n else 1
             inline_return(r.engine, s)
             region_release(r)

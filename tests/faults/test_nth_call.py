@@ -5,8 +5,8 @@ from support import shim
 from support.pattern import stress_seconds
 from support.scripts import run_script
 
-# Rounds grow with the time that the run may take: 6 in `make test`.
-ROUNDS = 6 if stress_seconds() <= 10 else 40
+# Rounds grow with the time that the run may take: 4 in `make test`.
+ROUNDS = 4 if stress_seconds() <= 10 else 40
 
 SCRIPT = """
 from support import shim
@@ -84,7 +84,7 @@ def run(call, first, count):
 bad = []
 for call in calls:
     for count in (1, -1):
-        for first in range(1, rounds + 1 if count == 1 else 3):
+        for first in range(1, rounds + 1 if count == 1 else 2):
             verdict = run(call, first, count)
             if verdict == CLEAN:
                 break
@@ -110,7 +110,7 @@ ERRORS = {"opening": 22, "memory": 12, "threads and descriptors": 11, "filling":
 @pytest.mark.parametrize("group", GROUPS)
 def test_nth_call(where, group):
     """Goal: whichever call fails: an error that says something, SIGBUS with a message, or right bytes."""
-    rounds = 2 if group in ("waking and ending", "waiting") and ROUNDS == 6 else ROUNDS
+    rounds = 2 if group in ("waking and ending", "waiting") and ROUNDS == 4 else ROUNDS
     run_script(SCRIPT, 110 + 18 * stress_seconds(), where=where, preload=shim.path(),
                argv=[ERRORS[group], GROUPS[group], rounds]).check()
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 # Memory allocators make and merge mappings as they please; only managed and memfd mappings are counted exactly.
-MAPPINGS_TOLERANCE = 40
+MAPPINGS_TOLERANCE = 150
 # What ends in the background (a region whose last array died) gets this long.
 SETTLE_S = float(os.environ.get("UFFD_SETTLE_S", "5"))
 UFFD_FLAGS = {"um", "uw", "ui"}  # registered for missing, write-protect and minor faults
