@@ -204,3 +204,13 @@ def test_pinned_memory_in_a_pipe(make):
     os.close(reader)
     assert bytes(received) == pattern(0, 32 * BLOCK).tobytes()
     del array, view
+
+
+def test_pinned_marks_no_other_block_as_written(make):
+    """Goal: where pinning for the kernel's writes means un-protecting, only the view's own blocks are."""
+    region = make(64 * BLOCK, controlled()[0])
+    array = region.array()
+    region.populate()
+    with uffd.pinned(array[2 * BLOCK:5 * BLOCK]):
+        assert set(np.flatnonzero(region.dirty())) <= {2, 3, 4}
+    del array
