@@ -21,7 +21,7 @@ from hypothesis.stateful import (Bundle, RuleBasedStateMachine, consumes, invari
 
 PAGE = uffd._core.PAGE_BYTES
 LONG = stress_seconds() > 10
-SETTINGS = settings(max_examples=400 if LONG else 30, stateful_step_count=60 if LONG else 30, deadline=None,
+SETTINGS = settings(max_examples=100 if LONG else 30, stateful_step_count=50 if LONG else 30, deadline=None,
                     derandomize=not LONG,  # the same examples in each short run; new ones in `make stress`
                     database=None, phases=(Phase.generate, Phase.shrink) if LONG else (Phase.generate,),
                     print_blob=True, suppress_health_check=list(HealthCheck))
