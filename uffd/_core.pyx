@@ -296,18 +296,22 @@ cdef void *worker_main(void *argument) noexcept nogil:
 
 
 cdef void wait_for_faults(Engine_t *e, Slot *s, int timeout_ms) noexcept nogil:
-    cdef uint64_t event[2]
-    cdef uint64_t ids[16]
+    cdef uint64_t event[16]
     cdef int i, n
-    cdef bint faults = False
-    n = epoll_take(s.epoll_fd, event, 2, timeout_ms)
+    n = epoll_take(s.epoll_fd, event, 16, timeout_ms)
     for i in range(n):
         if event[i] == EVENT_WAKE:
             eventfd_clear(s.wake_fd)
+        elif event[i] == EVENT_FAULTS:
+            serve_any(e, s)
         else:
-            faults = True
-    if not faults:
-        return
+            serve_region(s, event[i])
+
+
+cdef void serve_any(Engine_t *e, Slot *s) noexcept nogil:
+    """Some region of the engine's set has messages."""
+    cdef uint64_t ids[16]
+    cdef int i, n
     s.turns += 1
     if s.turns & 15 and serve_region(s, s.last_id):
         return                              # most faults come from where the last one came from: one call less
@@ -325,6 +329,8 @@ cdef bint serve_region(Slot *s, uint64_t region_id) noexcept nogil:
     if r == NULL:
         return False                        # closed since the event
     n = uf_read(r.fd, message, BATCH) if not r.is_inline else 0
+    if n == BATCH and listens_itself(s):
+        epoll_watch_edge(s.epoll_fd, r.fd, r.id, True)
     if n > 0:
         s.last_id = region_id if not r.slow else 0
         follow_faulter(s, message[0].ptid)

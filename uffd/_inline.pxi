@@ -28,7 +28,7 @@ cdef Stripe stripe[EPOCH_STRIPES]
 cdef uint32_t epoch = 0
 cdef Snapshot *snapshot = NULL
 cdef Region_t *table[MAX_REGIONS]           # by id modulo MAX_REGIONS
-cdef uint64_t table_next = 1                # under registry_lock
+cdef uint64_t table_next = 16               # under registry_lock; below are the other events of epoll sets
 cdef pthread_mutex_t registry_lock          # all that makes, closes or lists regions and engines; never a fault
 
 

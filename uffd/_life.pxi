@@ -83,7 +83,7 @@ cdef int region_make(Region_t *r) noexcept nogil:
             e.regions += 1
         pthread_mutex_unlock(&registry_lock)
         if err == 0 and not r.is_inline:
-            err = epoll_watch(e.faults_fd, r.fd, r.id)
+            err = region_watch(r)
             if err != 0:
                 region_shut(r, SECOND_NS)
                 return err
@@ -93,6 +93,32 @@ cdef int region_make(Region_t *r) noexcept nogil:
     bus_ensure()
     eventfd_raise(e.keeper_fd)
     return 0
+
+
+cdef inline bint listens_itself(Slot *s) noexcept nogil:
+    """Whether the worker has the regions' uffds in its own epoll set, each message told once: one hop less for each
+    fault. The others have the engine's set in it: stand-ins, which come and go, and those that are armed by turns."""
+    return s.index < s.engine.workers and not s.engine.follow
+
+
+cdef int region_watch(Region_t *r) noexcept nogil:
+    """The workers are told of its faults from here on. 0 or -errno."""
+    cdef Engine_t *e = r.engine
+    cdef uint32_t i
+    cdef int err = epoll_watch(e.faults_fd, r.fd, r.id)
+    for i in range(e.workers):
+        if err == 0 and listens_itself(&e.slots[i]):
+            err = epoll_watch_edge(e.slots[i].epoll_fd, r.fd, r.id, False)
+    return err
+
+
+cdef void region_unwatch(Region_t *r) noexcept nogil:
+    cdef Engine_t *e = r.engine
+    cdef uint32_t i
+    epoll_ctl(e.faults_fd, EPOLL_CTL_DEL, r.fd, NULL)
+    for i in range(e.workers):
+        if listens_itself(&e.slots[i]):
+            epoll_ctl(e.slots[i].epoll_fd, EPOLL_CTL_DEL, r.fd, NULL)
 
 
 cdef inline uint64_t state_bytes(Region_t *r) noexcept nogil:
@@ -156,7 +182,7 @@ cdef int region_shut(Region_t *r, uint64_t patience_ns) noexcept nogil:
     futex_wake_all(&r.closing)
     jobs_cancel(e, r.id)
     if not r.is_inline:
-        epoll_ctl(e.faults_fd, EPOLL_CTL_DEL, r.fd, NULL)
+        region_unwatch(r)
     pthread_mutex_lock(&registry_lock)
     registry_remove(r)
     pthread_mutex_unlock(&registry_lock)
@@ -308,7 +334,7 @@ cdef int worker_start(Engine_t *e, Slot *s, int cpu) noexcept nogil:
     if err == 0:
         err = epoll_watch(s.epoll_fd, s.wake_fd, EVENT_WAKE)
     if err == 0:
-        err = epoll_watch(s.epoll_fd, e.faults_fd, EVENT_FAULTS)
+        err = 0 if listens_itself(s) else epoll_watch(s.epoll_fd, e.faults_fd, EVENT_FAULTS)
     if err == 0:
         u32_add(&e.alive, 1)
         err = thread_spawn(&worker_main, s, b"uffd-worker", cpu)
@@ -515,7 +541,7 @@ cdef void child_region(Region_t *r) noexcept nogil:
     if err == 0:
         err = region_listen(r)
     if err == 0 and not r.is_inline:
-        err = epoll_watch(r.engine.faults_fd, r.fd, r.id)
+        err = region_watch(r)
     if err == 0 and r.protect:
         child_protect(r)
     if err != 0:

@@ -351,6 +351,13 @@ static inline int epoll_watch(int epoll_fd, int fd, uint64_t data)
     return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &e) ? -errno : 0;
 }
 
+/* The same, told only of what is new: each message is told once. again: what waits there now is told once more. */
+static inline int epoll_watch_edge(int epoll_fd, int fd, uint64_t data, int again)
+{
+    struct epoll_event e = { .events = EPOLLIN | EPOLLET, .data.u64 = data };
+    return epoll_ctl(epoll_fd, again ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &e) ? -errno : 0;
+}
+
 static inline int epoll_take(int epoll_fd, uint64_t *data, int most, int timeout_ms)
 {
     struct epoll_event e[16];

@@ -71,6 +71,7 @@ cdef extern from "_sys.h" nogil:
     void eventfd_raise(int fd) noexcept
     void eventfd_clear(int fd) noexcept
     int epoll_watch(int epoll_fd, int fd, uint64_t data) noexcept
+    int epoll_watch_edge(int epoll_fd, int fd, uint64_t data, bint again) noexcept
     int epoll_take(int epoll_fd, uint64_t *data, int most, int timeout_ms) noexcept
     int thread_cpu(uint32_t tid) noexcept
     int thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name,
