@@ -16,6 +16,7 @@ import uffd
 
 GIB = 1 << 30
 PIECE_BYTES = 2 * MIB
+FILE_PIECE_BYTES = MIB // 2
 MEMORY_NBYTES, SHARED_NBYTES = scaled(GIB), scaled(512 * MIB)
 FILE_NBYTES, BLOSC2_NBYTES = scaled(512 * MIB), scaled(256 * MIB)
 CHUNK_BYTES, BLOCK_BYTES = MIB, 64 << 10
@@ -111,13 +112,21 @@ def test_file_sequential(benchmark: Any, engine: Any, tmp_path: Path) -> None:
         with open(path, "rb", buffering=0) as file:
             yield timed(FILE_NBYTES, lambda: file.readinto(memoryview(buffer)))
 
+    @contextmanager
+    def pread_and_copy() -> Iterator[Callable[[], float]]:
+        with (native.open_range(FILE_NBYTES, PIECE_BYTES, expected, native.THREAD) as filled,
+              open(path, "rb", buffering=0) as file):
+            yield lambda: seconds_per_gib(native.fill_from_file(filled, file.fileno(), FILE_PIECE_BYTES, native.CPUS),
+                                          FILE_NBYTES)
+
     def memmap() -> Callable[[], object]:
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
         return lambda: native.touch_sequential(mapped.ctypes.data, FILE_NBYTES)
 
     compare(benchmark, "file-sequential", region_side(lambda: uffd.providers.File(path), expected, engine),
             {"readinto": readinto}, warm_nbytes=2 * FILE_NBYTES,
-            beside={"np.memmap": plain(FILE_NBYTES, memmap),
+            beside={"C, pread + COPY, a thread per CPU": pread_and_copy,
+                    "np.memmap": plain(FILE_NBYTES, memmap),
                     "np.fromfile": plain(FILE_NBYTES, lambda: lambda: np.fromfile(path, dtype=np.uint8)),
                     "ours, inline": region_side(lambda: uffd.providers.File(path), expected, engine,
                                                 delivery="inline")})

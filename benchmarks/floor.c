@@ -153,6 +153,66 @@ int64_t fill_bulk(const struct range *range, size_t piece_bytes)
     return (int64_t)(now_ns() - start_ns);
 }
 
+/* ---- a file, by several threads ---- */
+
+struct file_fill {
+    const struct range *range;
+    int fd;
+    size_t piece_bytes;
+    _Atomic size_t next;
+    _Atomic int error;
+};
+
+struct file_filler {
+    struct file_fill *work;
+    pthread_t thread;
+    int cpu;
+};
+
+static void *fill_pieces(void *argument)
+{
+    struct file_filler *filler = argument;
+    struct file_fill *work = filler->work;
+    size_t piece = work->piece_bytes;
+    struct range staged = *work->range;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(filler->cpu, &set);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+    uint8_t *buffer = malloc(piece);
+    staged.source = buffer;
+    staged.source_nbytes = piece;
+    for (;;) {
+        size_t offset = atomic_fetch_add(&work->next, piece);
+        if (offset + piece > staged.nbytes || !buffer || atomic_load(&work->error))
+            break;
+        ssize_t got = pread(work->fd, buffer, piece, (off_t)offset);
+        int error = got == (ssize_t)piece ? fill_piece(&staged, offset, piece) : -EIO;
+        if (error)
+            atomic_store(&work->error, error);
+    }
+    free(buffer);
+    return NULL;
+}
+
+int64_t fill_from_file(const struct range *range, int fd, size_t piece_bytes, int threads)
+{
+    struct file_fill work = {.range = range, .fd = fd, .piece_bytes = piece_bytes};
+    struct file_filler fillers[TOUCH_THREADS_MAX];
+    int started = 0, error = threads < 1 || threads > TOUCH_THREADS_MAX || range->nbytes % piece_bytes ? -EINVAL : 0;
+    uint64_t start_ns = now_ns();
+    for (int i = 0; i < threads && !error; i++) {
+        fillers[i] = (struct file_filler){.work = &work, .cpu = i};
+        error = -pthread_create(&fillers[i].thread, NULL, fill_pieces, &fillers[i]);
+        started += !error;
+    }
+    for (int i = 0; i < started; i++)
+        pthread_join(fillers[i].thread, NULL);
+    if (!error)
+        error = atomic_load(&work.error);
+    return error ? error : (int64_t)(now_ns() - start_ns);
+}
+
 /* ---- delivery in the faulting thread ---- */
 
 static struct range inline_range;

@@ -43,7 +43,7 @@ struct touch {
 };
 int touch(const struct touch *touch);
 
-/* Which threads wait for faults, and where. The first four are the fixed placements of the table. */
+/* Which threads wait for faults, and where. ONE_PINNED and PER_CPU are the fixed placements of the table. */
 enum placement {
     PLACE_ONE_FREE,         /* one worker that the scheduler puts where it likes */
     PLACE_ONE_PINNED,       /* one worker, pinned to `cpu` */
@@ -82,6 +82,9 @@ int64_t touch_sequential(const uint8_t *base, size_t nbytes, size_t step_bytes);
 
 /* The whole range filled piece by piece, with nobody waiting for it. Nanoseconds taken, or -errno. */
 int64_t fill_bulk(const struct range *range, size_t piece_bytes);
+
+/* The same from a file, by `threads` pinned threads that take pieces in turn: pread into a buffer, then UFFDIO_COPY. */
+int64_t fill_from_file(const struct range *range, int fd, size_t piece_bytes, int threads);
 
 /* A SIGBUS handler fills the faults of `range` in the faulting thread, until inline_remove. One range at a time. */
 int inline_install(const struct range *range);

@@ -55,7 +55,8 @@ def library() -> ct.CDLL:
     loaded.serve_start.argtypes = [ct.c_void_p, ct.c_void_p]
     loaded.serve_stop.argtypes = [ct.c_void_p, ct.c_void_p]
     loaded.range_open.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_size_t, ct.c_void_p, ct.c_size_t, ct.c_int]
-    loaded.fill_bulk.restype = loaded.touch_sequential.restype = ct.c_int64
+    loaded.fill_bulk.restype = loaded.fill_from_file.restype = loaded.touch_sequential.restype = ct.c_int64
+    loaded.fill_from_file.argtypes = [ct.c_void_p, ct.c_int, ct.c_size_t, ct.c_int]
     loaded.fill_bulk.argtypes = [ct.c_void_p, ct.c_size_t]
     loaded.touch_sequential.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_size_t]
     assert loaded.range_struct_bytes() == ct.sizeof(Range), "floor.h and native.py disagree"
@@ -108,6 +109,11 @@ def serving_inline(served: Range) -> Iterator[None]:
 def fill_bulk(filled: Range, piece_bytes: int) -> float:
     """Seconds to fill the whole range in pieces of that many bytes."""
     return check(library().fill_bulk(ct.byref(filled), piece_bytes)) / 1e9
+
+
+def fill_from_file(filled: Range, fd: int, piece_bytes: int, threads: int) -> float:
+    """Seconds to fill the whole range from a file, by threads pinned to a CPU each: pread, then UFFDIO_COPY."""
+    return check(library().fill_from_file(ct.byref(filled), fd, piece_bytes, threads)) / 1e9
 
 
 def touch_sequential(base: int, nbytes: int, step_bytes: int = PAGE_BYTES) -> float:
