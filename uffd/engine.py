@@ -7,9 +7,9 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import _core
+from ._coreless import core as _core
 from .errors import DegradedWarning, Unavailable
 from .stats import Stats
 
@@ -28,13 +28,24 @@ class Engine:
 
     workers: threads that serve faults, one per CPU this process may use when None, each bound to its CPU. They never
     hold the interpreter lock. When all of them are inside slow fills, others join for as long as that lasts.
+    fallback: "eager" makes regions work where no userfaultfd can be had: they are then filled whole when they are made
+    (one DegradedWarning; BudgetError where memory lacks). None takes the environment's UFFD_FALLBACK.
 
     A context manager: leaving it closes its regions, now or when their last array dies, and never raises for arrays
     that are in use. `close()` raises BufferError for them. Thread-safe. Raises Unavailable where the machine has no
-    userfaultfd, with the cure.
+    userfaultfd and no fallback was asked for, with the cure.
     """
 
-    def __init__(self, workers: int | None = None) -> None:
+    fills_whole = False                          # true of the fallback's engine: eager.py
+
+    def __new__(cls, *args: Any, fallback: str | None = None, **options: Any) -> Engine:
+        if cls is Engine and _falls_back(fallback):
+            from .eager import EagerEngine
+
+            return super().__new__(EagerEngine)
+        return super().__new__(cls)
+
+    def __init__(self, workers: int | None = None, *, fallback: str | None = None) -> None:
         require_userfaultfd()
         if workers is None:
             workers = min(len(os.sched_getaffinity(0)), _core.MAX_WORKERS_BASE)
@@ -105,6 +116,23 @@ def default_engine() -> Engine:
         return _default
 
 
+def fills_whole(engine: Engine | None) -> bool:
+    """Whether regions of this engine (None: the default one) are filled whole when they are made: eager.py."""
+    if engine is None:
+        engine = _default
+        if engine is None or engine.closed:
+            return _falls_back(None)
+    return isinstance(engine, Engine) and engine.fills_whole
+
+
+def _falls_back(fallback: str | None) -> bool:
+    if fallback is None:
+        fallback = os.environ.get("UFFD_FALLBACK") or None
+    if fallback not in (None, "eager"):
+        raise ValueError(f"fallback (or UFFD_FALLBACK) must be 'eager', or None for no fallback, not {fallback!r}")
+    return fallback == "eager" and _core.mode()[0] == "none"
+
+
 def require_userfaultfd() -> str:
     """The mode, "full" or "user"; Unavailable with the cure when there is none. Warns once in user mode."""
     global _told_user_mode
@@ -112,7 +140,8 @@ def require_userfaultfd() -> str:
     if mode == "none":
         from .probe import probe
         cures = "; ".join(str(cure) for cure in probe(self_test=False).cures) or "run `python -m uffd probe`"
-        raise Unavailable(number, f"no userfaultfd here ({os.strerror(number)}): {cures}")
+        raise Unavailable(number, f"no userfaultfd here ({os.strerror(number)}): {cures}; or UFFD_FALLBACK=eager, "
+                          "Engine(fallback='eager'): regions are then filled whole when they are made")
     if mode == "user" and not _told_user_mode:
         _told_user_mode = True
         warnings.warn(

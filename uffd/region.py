@@ -14,8 +14,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from . import _core, keys
-from .engine import Engine, default_engine, require_userfaultfd
+from . import keys
+from ._coreless import core as _core
+from .engine import Engine, default_engine, fills_whole, require_userfaultfd
 from .errors import DegradedWarning, ProviderError, RegionClosed, Unavailable
 from .stats import Stats
 
@@ -49,6 +50,13 @@ class Region(_core.Region):
     is a private copy that serves itself; with "shared" backing, what the parent had written by then is read from the
     parent's memory at the child's first touch.
     """
+
+    def __new__(cls, *args: Any, engine: Engine | None = None, **options: Any) -> Region:
+        if cls is Region and fills_whole(engine):
+            from .eager import EagerRegion
+
+            return super().__new__(EagerRegion)
+        return super().__new__(cls)
 
     def __init__(self, nbytes: int | None, provider: Any, *, engine: Engine | None = None, name: str | None = None,
                  mode: str | None = None, block_bytes: int = 65536, backing: str = "anon", delivery: str = "auto",
@@ -292,10 +300,16 @@ def region_of(array: Any) -> Region:
     or anything else that numpy takes for an array. ValueError if it is not ours."""
     address = np.asarray(array).__array_interface__["data"][0]
     base = _core.base_at(address)
-    region = None if base is None else _by_base.get(base)
+    region = _filled_whole_at(address) if base is None else _by_base.get(base)
     if region is None:
         raise ValueError("the array's memory is not in an open uffd region")
     return region
+
+
+def _filled_whole_at(address: int) -> Region | None:
+    from .eager import region_at
+
+    return region_at(address)
 
 
 def from_provider(provider: Any, shape: Any, dtype: Any, *, offset: int = 0, order: Literal["C", "F"] = "C",

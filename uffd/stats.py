@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from . import _core
+from ._coreless import core as _core
 
 __all__ = ["LatencyHistogram", "Stats"]
 

@@ -1,0 +1,122 @@
+"""`core`: the extension, or, where there is none (not Linux, or its file is missing), this module in its place.
+
+What stands in has the names that the package needs to be imported and to fill regions whole (eager.py), and nothing
+that serves a fault. Why there is no extension is in `reason`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+reason: str | None = None
+
+PAGE_BYTES = mmap.ALLOCATIONGRANULARITY if os.name == "nt" else mmap.PAGESIZE
+MAX_BLOCK = 16 << 20
+MAX_WORKERS_BASE = 64
+JOB_PREFETCH, JOB_POPULATE = 0, 1
+STATES = {"missing": 0, "filling": 1, "clean": 2, "unprotecting": 3, "dirty": 4, "poisoned": 5}
+COUNTER_NAMES = ("faults_read", "faults_write", "faults_wp", "blocks_demand", "blocks_readahead", "blocks_prefetch",
+                 "bytes_filled", "duplicates", "retries", "errors", "poisoned", "readahead_wasted", "repaired")
+STAGE_NAMES = ("queue", "fill", "resolve")
+
+
+def mode() -> tuple[str, int]:
+    return "none", errno.ENOSYS
+
+
+def supports(feature: str) -> bool:
+    return False
+
+
+def sigbus_check() -> bool:
+    return False
+
+
+def base_at(address: int) -> int | None:
+    return None
+
+
+class Region:
+    """The base of uffd.Region; its subclass in eager.py needs none of the extension's."""
+
+
+class Job:
+    """Named in annotations; never made."""
+
+
+class Engine:
+    def __init__(self, *_: object) -> None:
+        _refuse()
+
+
+class Filler:
+    """What a provider keeps of its core side: sizes, and a file that it opened."""
+
+    def __init__(self, kind: str, nbytes: int | None, fd: int = -1, kept: object = None) -> None:
+        self.kind, self.nbytes, self.fd, self.kept = kind, nbytes, fd, kept
+        self.span = None
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def again(self) -> Filler:
+        return self
+
+    @staticmethod
+    def zero() -> Filler:
+        return Filler("zero", None)
+
+    @staticmethod
+    def memory(buffer: Any) -> Filler:
+        view = memoryview(buffer)
+        if not (view.c_contiguous or view.f_contiguous):
+            raise BufferError("the buffer is not contiguous")
+        return Filler("memory", view.nbytes, kept=view)
+
+    @staticmethod
+    def open_file(fd: int, offset: int, nbytes: int, direct: bool) -> Filler:
+        return Filler("file", nbytes, fd)
+
+    @staticmethod
+    def native_pointer(function: int, user_data: int, inline_safe: bool, keep: object) -> Filler:
+        return Filler("native", None, kept=keep)
+
+
+def capsule_address(capsule: object) -> tuple[int, int]:
+    """Pointer and context of a PyCapsule, whatever its name."""
+    api: Any = ctypes.pythonapi
+    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = api.PyCapsule_GetContext.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    api.PyCapsule_GetContext.argtypes = [ctypes.py_object]
+    name = api.PyCapsule_GetName(capsule)
+    return api.PyCapsule_GetPointer(capsule, name) or 0, api.PyCapsule_GetContext(capsule) or 0
+
+
+def buffer_address(buffer: Any) -> int:
+    return np.asarray(buffer).__array_interface__["data"][0]
+
+
+def _refuse() -> NoReturn:
+    raise OSError(errno.ENOSYS, f"the extension uffd._core is not here: {reason}")
+
+
+if TYPE_CHECKING:
+    from . import _core as core
+else:
+    core = sys.modules[__name__]
+    if not sys.platform.startswith("linux"):
+        reason = f"userfaultfd is a call of Linux, and this is {sys.platform}"
+    else:
+        try:
+            from . import _core as core
+        except ImportError as error:
+            reason = str(error)
