@@ -56,13 +56,22 @@ cdef bint serve_one_piece(Engine_t *e, Slot *s) noexcept nogil:
 
 
 cdef void serve_piece(Slot *s, Piece *p, uint32_t cause) noexcept nogil:
-    """Fills what is still missing of a piece."""
+    """Fills what is still missing of a piece, or has it filled by a provider host. Where that has its hands full, a
+    piece of read-ahead is dropped: it is a hint."""
     cdef Region_t *r = region_acquire(p.region_id)
-    cdef uint64_t b = p.first
-    cdef uint32_t got, left = p.count
     if r == NULL:
         return
     stage(s, r, H_QUEUE, now_ns() - p.since_ns)
+    if r.hosted:
+        hosted_piece(r, p)
+    else:
+        fill_piece(s, r, p, cause)
+    region_release(r)
+
+
+cdef void fill_piece(Slot *s, Region_t *r, Piece *p, uint32_t cause) noexcept nogil:
+    cdef uint64_t b = p.first
+    cdef uint32_t got, left = p.count
     while left and not u32_load(&r.closing):
         got = 0
         if b < r.blocks:
@@ -75,7 +84,6 @@ cdef void serve_piece(Slot *s, Piece *p, uint32_t cause) noexcept nogil:
             got = 1
         left -= got
         b += <uint64_t>(<int64_t>got * p.stride)
-    region_release(r)
 
 
 # ---- the rings --------------------------------------------------------------------------------------------------
@@ -315,29 +323,48 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
     """One piece of the first job of a kind. False: there is none."""
     cdef Job_t *j
     cdef Region_t *r = NULL
+    cdef Slot *by = NULL
     cdef uint64_t first = 0, n = 0
     if u32_load_seq(&e.jobs_waiting) == 0:
         return False
     pthread_mutex_lock(&e.job_lock)
-    j = e.jobs
-    while j != NULL and j.kind != kind:
-        j = j.next
+    j = job_ready(e, s, kind, &r, &by)
     if j != NULL:
-        r = region_acquire(j.region_id)
         if r == NULL:
             u32_store(&j.cancelled, 1)
             job_unqueue(e, j)
         else:
             j.outstanding += 1
-            s.job = j                       # under the lock that fork() takes: a child finds every piece under way
+            by.job = j                      # under the lock that fork() takes: a child finds every piece under way
             job_next_piece(e, j, r.shift, &first, &n)
     pthread_mutex_unlock(&e.job_lock)
     if j == NULL:
         return False
     if r != NULL:
-        job_fill(e, s, j, r, first, n)
+        if r.hosted:
+            hosted_job(by, r, j, first, n)
+        else:
+            job_fill(e, s, j, r, first, n)
         region_release(r)
     return True
+
+
+cdef Job_t *job_ready(Engine_t *e, Slot *s, uint32_t kind, Region_t **r, Slot **by) noexcept nogil:
+    """The first job of a kind for which there is a slot: the worker's own, or a free request of a provider host. Its
+    region with a reference, NULL when that is closed. Under job_lock."""
+    cdef Job_t *j = e.jobs
+    while j != NULL:
+        if j.kind == kind:
+            r[0] = region_acquire(j.region_id)
+            by[0] = s
+            if r[0] != NULL and r[0].hosted:
+                by[0] = carrier_borrow(e, kind == POPULATE)
+            if by[0] != NULL:
+                return j
+            region_release(r[0])
+            r[0] = NULL
+        j = j.next
+    return NULL
 
 
 cdef void job_next_piece(Engine_t *e, Job_t *j, uint32_t shift, uint64_t *first, uint64_t *n) noexcept nogil:

@@ -20,6 +20,7 @@ cdef uint64_t BURY_NS = 5000000             # waited where nobody asked to wait:
 PAGE_BYTES = PAGE
 MAX_BLOCK = <int>MAX_BLOCK_BYTES
 MAX_WORKERS_BASE = <int>MAX_BASE_WORKERS
+MAX_HOST_COUNT = <int>MAX_HOSTS
 JOB_PREFETCH = <int>PREFETCH
 JOB_POPULATE = <int>POPULATE
 STATES = {"missing": <int>MISSING, "filling": <int>FILLING, "clean": <int>CLEAN, "unprotecting": <int>UNPROTECTING,
@@ -127,6 +128,92 @@ cdef class Engine:
         if self.e != NULL:
             with nogil:
                 engine_stop(self.e)
+
+    def set_hosts(self, uint32_t n, list argv, list envp, bint debug):
+        """Up to n provider hosts, started as argv with its last two items replaced. Once per engine."""
+        cdef Hosts_t *all
+        cdef int err
+        if self.e == NULL or self.e.hosts != NULL:
+            raise ValueError("the engine is closed" if self.e == NULL else "the engine has its hosts already")
+        if n == 0 or n > MAX_HOSTS:
+            raise ValueError(f"hosts must be 1 to {<int>MAX_HOSTS}, not {n}")
+        all = <Hosts_t *>calloc(1, sizeof(Hosts_t) + n * sizeof(Host_t))
+        if all == NULL:
+            raise MemoryError("no memory for provider hosts")
+        all.n = n
+        all.debug = debug
+        err = _copy_strings(all, argv, envp)
+        if err == 0:
+            err = hosts_make(self.e, all)
+        if err != 0:
+            hosts_free(all)
+            raise _os_error(err, "no provider hosts")
+
+    def host_pids(self):
+        """Of the hosts that run now."""
+        if self.e == NULL or self.e.hosts == NULL:
+            return []
+        return [self.e.hosts.host[i].pid for i in range(self.e.hosts.n) if self.e.hosts.host[i].pid > 0]
+
+    def begin_session(self, int pickle_fd, uint64_t block_bytes, str name):
+        """The Filler of a hosted provider, whose pickle is in a memfd. Takes the descriptor over."""
+        cdef Filler f = Filler()
+        cdef char region_name[80]
+        if self.e == NULL or self.e.hosts == NULL:
+            raise ValueError("the engine is closed")
+        _copy_name(region_name, name)
+        f.kind = "hosted"
+        f.fill.kind = FILL_HOST
+        f.fill.session = session_begin(self.e, pickle_fd, block_bytes, region_name)
+        if f.fill.session == 0:
+            close(pickle_fd)
+            raise MemoryError("no memory for a provider")
+        return f
+
+    def end_session(self, Filler f):
+        """Of a provider that no region was made of."""
+        if self.e != NULL:
+            with nogil:
+                pthread_mutex_lock(&registry_lock)
+                session_end(self.e, f.fill.session)
+                pthread_mutex_unlock(&registry_lock)
+
+    def open_session(self, Filler f, uint32_t retries, uint64_t timeout_ns):
+        """Has a host open the provider: (0 or errno, text, nbytes or None). Ctrl-C interrupts it."""
+        cdef Slot *c = NULL
+        cdef uint32_t word
+        cdef int err = 1
+        cdef uint64_t deadline = now_ns() + timeout_ns
+        cdef Host_t *h
+        while c == NULL:
+            with nogil:
+                c = carrier_borrow(self.e, True)
+                if c == NULL:
+                    poll(NULL, 0, 5)
+            PyErr_CheckSignals()
+        h = c.carrier.h
+        u32_cas(&h.state, HOST_BROKEN, HOST_DOWN)       # it gets another chance
+        c.carrier.lost = 0
+        host_post(c, REQ_OPEN, f.fill.session, 0, 0, True, False)
+        try:
+            while err == 1:
+                with nogil:
+                    word = u32_load(&c.carrier.q.word)
+                    if word & REQ_STATE == REQ_POSTED or word & REQ_STATE == REQ_TAKEN:
+                        futex_wait_shared(&c.carrier.q.word, word, SLICE_NS)
+                        word = u32_load(&c.carrier.q.word)
+                    if now_ns() > deadline or word & REQ_STATE == REQ_DONE or word & REQ_STATE == REQ_LOST or \
+                            u32_load(&h.state) == HOST_BROKEN:
+                        err = host_answer(c, retries, SECOND_NS if now_ns() < deadline else 0, False)
+                PyErr_CheckSignals()
+            text = c.carrier.q.text[:min(c.carrier.q.text_bytes, <uint32_t>HOST_TEXT_BYTES)].decode("utf-8", "replace")
+            size = c.carrier.q.opened_bytes
+            return -err, text if err else "", None if size < 0 else size
+        finally:
+            if err == 1:
+                carrier_pass(c, NULL, T_DRAIN)          # interrupted: the answer is waited for without us
+            else:
+                carrier_return(c)
 
     def workers(self):
         """Per base worker: (cpu or -1, messages served, empty wake-ups, armed)."""
@@ -343,6 +430,11 @@ cdef class Region:
             return 0, 0, False
         return errno_of(r, b), tries_of(r, b), word & DEAD != 0
 
+    def _text_of(self, uint64_t b):
+        """What a provider host said about the last failure of block b, or None."""
+        cdef Text *t = text_of(_live(self), b)
+        return None if t == NULL else t.text[:t.nbytes].decode("utf-8", "replace")
+
     def _counts(self):
         """(counters, stages): sums over the stripes. Stops nobody."""
         cdef Region_t *r = _live(self)
@@ -452,6 +544,7 @@ cdef int _prepare(Region_t *r, bint shared) except? -1000:
     r.zeropage = True
     r.credit = CREDIT
     r.nested = r.fill.kind == FILL_DIRECT and region_overlaps(<uint64_t>r.fill.direct, r.nbytes)
+    r.hosted = r.fill.kind == FILL_HOST
     r.slow = r.fill.may_block or r.nested
     r.odd_block = r.blocks
     if shared:
@@ -537,6 +630,33 @@ cdef int _sweep_pending(void *unused) noexcept:
 
 def _finalize():
     u32_store(&finalizing, 1)
+
+
+cdef int _copy_strings(Hosts_t *all, list argv, list envp) except? -1:
+    """argv and envp as C strings that last as long as the hosts. 0 or -errno."""
+    cdef bytes text
+    cdef size_t at = (len(argv) + len(envp) + 2) * sizeof(char *), total = at
+    cdef char **pointer
+    for text in argv + envp:
+        total += <size_t>len(text) + 24             # room for numbers that are written later
+    all.memory = <char *>calloc(1, total)
+    if all.memory == NULL:
+        return -ENOMEM
+    pointer = <char **>all.memory
+    all.argv = pointer
+    for text in argv:
+        pointer[0] = all.memory + at
+        memcpy(pointer[0], PyBytes_AsString(text), <size_t>len(text))
+        at += <size_t>len(text) + 24
+        pointer += 1
+    pointer += 1
+    all.envp = pointer
+    for text in envp:
+        pointer[0] = all.memory + at
+        memcpy(pointer[0], PyBytes_AsString(text), <size_t>len(text))
+        at += <size_t>len(text) + 24
+        pointer += 1
+    return 0
 
 
 cdef void _copy_name(char *to, str name):

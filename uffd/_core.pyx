@@ -10,7 +10,7 @@ that looks after it all in _keeper.pxi, native providers in _native.pxi, and wha
 ARCHITECTURE.md draws the states and names the owner of every field.
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 from libc.stdlib cimport calloc, free, malloc
 from uffd._sys cimport *
 from uffd._core cimport uffd_fill_fn
@@ -22,7 +22,9 @@ cdef enum:
     MAX_WORKERS = 112           # base workers, and those that stand in for workers that are stuck
     MAX_BASE_WORKERS = 64
     INLINE_SLOTS = 16           # threads that may fill at once in the SIGBUS handler; others wait their turn
-    KEEPER_SLOT = MAX_WORKERS + INLINE_SLOTS
+    MAX_HOSTS = 8               # provider hosts of one engine
+    HOSTED_SLOT = MAX_WORKERS + INLINE_SLOTS            # one per request of a host, and one for what it offers
+    KEEPER_SLOT = HOSTED_SLOT + MAX_HOSTS * 33
     MAX_SLOTS = KEEPER_SLOT + 1
     BATCH = 64                  # messages of one read
     MAX_RUN = 512               # blocks of one fill
@@ -65,10 +67,10 @@ cdef enum:                      # stages, each with a histogram
     STAGES
 
 cdef enum:                      # how a native provider is called
-    FILL_ZERO, FILL_DIRECT, FILL_CALL
+    FILL_ZERO, FILL_DIRECT, FILL_CALL, FILL_HOST
 
 cdef enum:                      # a slot's life, and the phase of its fill
-    SLOT_FREE, SLOT_WORKER, SLOT_RETIRED, SLOT_INLINE
+    SLOT_FREE, SLOT_WORKER, SLOT_RETIRED, SLOT_INLINE, SLOT_HOSTED
     IDLE = 0
     BUSY = 1                    # the provider has the block; the keeper may take the blocks away (-> TIMED_OUT)
     PLACING = 2                 # the kernel has them; nobody may
@@ -84,6 +86,7 @@ cdef struct Fill:               # where blocks come from. Constant while a regio
     call_fn call
     void (*forget)(void *self, uint32_t slot) noexcept nogil    # a forked child: the slot was in use. Or NULL
     void *self
+    uint64_t session            # FILL_HOST: the provider's number in the hosts
     bint inline_safe            # may run in the SIGBUS handler
     bint may_block              # a fill can take long: others must not queue behind it
 
@@ -122,6 +125,8 @@ cdef struct Region_t:
     bint poison                 # the kernel has POISON
     bint zeropage
     bint nested                 # FILL_DIRECT from another region's memory, whose faults somebody must serve
+    bint hosted                 # its provider runs in another process
+    void *texts                 # hosted: what the host said about failures, beside `error`
     bint slow                   # a fill can take long: its worker counts as busy
     bint wait_for_ever          # on_error="wait"
     uint64_t timeout_ns
@@ -189,6 +194,8 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint64_t empty              # wake-ups that found nothing
     uint64_t reviewed           # `served` at the last review of placement
     Job_t *job                    # whose piece the run is, or NULL
+    Carrier *carrier            # of a slot that belongs to a request, else NULL
+    const char *offered         # the run's bytes, which its provider offered unasked; else NULL
     uint8_t pad[64]
 
 cdef struct Piece:              # some blocks to bring in, or one handed-off fault
@@ -253,6 +260,10 @@ cdef struct Engine_t:
     Region_t *dying             # closed, but still in somebody's hands: the keeper's list, under registry_lock
     uint64_t placed             # messages since the last review of placement
     uint32_t placing
+    Hosts_t *hosts              # NULL until the first hosted provider
+    Session_t *sessions         # under registry_lock
+    uint32_t carrier_turn       # futex: changes whenever a request is free again
+    uint32_t carriers           # their threads, and those of offers; futex
     uint32_t broken             # a forked child could not start its threads
     uint64_t read_errors
     Engine_t *next              # all engines, under registry_lock
@@ -445,13 +456,20 @@ cdef void demand_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint write, u
     cdef uint64_t end = b + n
     cdef uint32_t got
     while b < end:
-        got = begin_run(s, r, b, <uint32_t>(end - b), write, DEMAND, MISSING)
+        if r.hosted:
+            stage(s, r, H_QUEUE, now_ns() - t0)
+            got = hosted_run(s, r, b, <uint32_t>(end - b), write, s.pending == 0)
+        else:
+            got = begin_run(s, r, b, <uint32_t>(end - b), write, DEMAND, MISSING)
         if got == 0:
             if ask_for_wake(r, b, u32_load(&r.state[b])):
                 b += 1
             elif u32_load(&r.state[b]) & STATE_MASK != MISSING:
                 uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
                 b += 1
+            continue
+        if r.hosted:
+            b += got                        # answered, or in the hands of the request's own thread
             continue
         stage(s, r, H_QUEUE, s.since_ns - t0)
         finish_run(s, r)
@@ -551,8 +569,11 @@ cdef void disarm(Engine_t *e, Slot *s) noexcept nogil:
 
 include "_fill.pxi"
 include "_ahead.pxi"
+include "_hosted.pxi"
+include "_hosts.pxi"
 include "_inline.pxi"
 include "_native.pxi"
 include "_life.pxi"
 include "_keeper.pxi"
 include "_api.pxi"
+include "_hostside.pxi"

@@ -288,6 +288,8 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     if r.fill.kind == FILL_ZERO and (not r.minor or s.repair):
         source[0] = NULL if r.zeropage and not r.writable else zero_bytes
         return 0
+    if r.hosted:
+        return obtain_hosted(s, r, offset, nbytes, source)
     if r.minor and not s.repair and r.fill.kind == FILL_DIRECT and not r.nested and nbytes == span:
         return write_pages(r, offset, nbytes)
     if r.minor and not s.repair:
@@ -310,6 +312,26 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     if span > nbytes:
         memset(target + nbytes, 0, span - nbytes)
     return 0
+
+
+cdef int obtain_hosted(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const char **source) noexcept nogil:
+    """The same from a provider in another process: asked for here, or offered by it."""
+    cdef uint64_t tail = page_round(nbytes) - nbytes
+    cdef char *target = r.alias + offset if r.minor and not s.repair else s.staging
+    cdef int err = 0
+    if s.offered == NULL:
+        err = host_fill(s, r, offset, nbytes)
+    elif r.minor:
+        err = -errno if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>nbytes) != 0 else 0
+        if err == 0:
+            memcpy(target, s.offered, nbytes)
+    else:
+        source[0] = s.offered
+        return 0
+    if err == 0 and tail:
+        memset(target + nbytes, 0, tail)
+    source[0] = target
+    return err
 
 
 cdef int copy_direct(Region_t *r, char *target, const char *source, uint64_t nbytes) noexcept nogil:
@@ -580,6 +602,15 @@ cdef void say_poison(Region_t *r, uint64_t b) noexcept nogil:
     line_number(&l, tries_of(r, b))
     line_text(&l, b" tries; this touch can't go on (populate() raises instead, and repairs the block)")
     line_say(&l)
+    say_text(r, b)
+
+
+cdef void say_text(Region_t *r, uint64_t b) noexcept nogil:
+    """What the provider host said about it: a traceback."""
+    cdef Text *t = text_of(r, b)
+    if t != NULL:
+        say(t.text, t.nbytes)
+        say(b"\n", 1)
 
 
 cdef int errno_of(Region_t *r, uint64_t b) noexcept nogil:

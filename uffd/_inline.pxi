@@ -188,7 +188,9 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
             return BUS_NOT_OURS             # its memory is about to go: the program used it after closing it
         if not r.is_inline:
             return odd_fault(r, b, state)
-        if state == MISSING and r.fill.inline_safe:
+        if state == MISSING and r.hosted:
+            verdict = inline_hosted(r, b, write > 0)
+        elif state == MISSING and r.fill.inline_safe:
             verdict = inline_fill(r, b, write > 0, MISSING)
         elif state == MISSING:
             asked_ns = inline_ask(r, b, write > 0, word, asked_ns)

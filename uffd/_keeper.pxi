@@ -35,18 +35,22 @@ cdef void leave_blocking(Slot *s) noexcept nogil:
 
 cdef void *keeper_main(void *argument) noexcept nogil:
     cdef Engine_t *e = <Engine_t *>argument
-    cdef pollfd wake
+    cdef pollfd wake[1 + 2 * MAX_HOSTS]
     cdef int timeout_ms = TICK_BUSY_MS
     cdef bint said = False
-    wake.fd = e.keeper_fd
-    wake.events = <short>POLLIN
+    wake[0].fd = e.keeper_fd
+    wake[0].events = <short>POLLIN
     while not u32_load(&e.stopping):
-        poll(&wake, 1, timeout_ms)
+        poll(wake, <unsigned long>(1 + hosts_poll(e, &wake[1])), timeout_ms)
         eventfd_clear(e.keeper_fd)
         if e.regions and bus_ensure() and not said:
             say_taken()
             said = True
         timeout_ms = keeper_tick(e)
+        if e.hosts != NULL and hosts_look(e):
+            timeout_ms = TICK_BUSY_MS
+    if e.hosts != NULL:
+        hosts_stop(e)
     u32_store(&e.keepers, 0)
     futex_wake_all(&e.keepers)
     return NULL

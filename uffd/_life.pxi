@@ -131,7 +131,9 @@ cdef int region_map(Region_t *r) noexcept nogil:
     cdef bint shared = r.memfd >= 0
     r.state = <uint32_t *>map_lazy(state_bytes(r), PROT_READ | PROT_WRITE, -1)
     r.counters = <Counters *>map_lazy(page_round(STRIPES * sizeof(Counters)), PROT_READ | PROT_WRITE, -1)
-    if r.state == NULL or r.counters == NULL:
+    if r.hosted:
+        r.texts = map_lazy(page_round(ERRORS * sizeof(Text)), PROT_READ | PROT_WRITE, -1)
+    if r.state == NULL or r.counters == NULL or r.hosted and r.texts == NULL:
         return -ENOMEM
     r.known = <uint8_t *>r.state + page_round(r.blocks * 4)
     if shared:
@@ -162,6 +164,9 @@ cdef void region_unmap(Region_t *r) noexcept nogil:
         close(r.memfd)
     if r.stuck == 0 and r.state != NULL:
         munmap(r.state, state_bytes(r))
+    if r.texts != NULL:
+        munmap(r.texts, page_round(ERRORS * sizeof(Text)))
+    r.texts = NULL
     if r.stuck == 0 and r.counters != NULL:
         munmap(r.counters, page_round(STRIPES * sizeof(Counters)))
     r.fd = -1
@@ -220,6 +225,8 @@ cdef void region_reap(Region_t *r) noexcept nogil:
         for k in range(STAGES * BUCKETS):
             (<uint64_t *>e.closed.stage)[k] += (<uint64_t *>r.counters[i].stage)[k]
     region_unmap(r)
+    if r.hosted:
+        session_end(e, r.fill.session)
     e.regions -= 1
     u32_store(&r.gone, 1)
 
@@ -264,7 +271,7 @@ cdef int engine_make(Engine_t **out, uint32_t workers) noexcept nogil:
         e.slots[i].index = i
         e.slots[i].epoll_fd = -1
         e.slots[i].wake_fd = -1
-        if i >= MAX_WORKERS:
+        if MAX_WORKERS <= i < HOSTED_SLOT:
             e.slots[i].kind = SLOT_INLINE
     err = engine_start(e)
     if err != 0:
@@ -291,7 +298,7 @@ cdef int engine_start(Engine_t *e) noexcept nogil:
     e.keeper_fd = sys_eventfd()
     if e.faults_fd < 0 or e.keeper_fd < 0:
         return -errno
-    for i in range(<uint32_t>MAX_WORKERS, <uint32_t>MAX_SLOTS):
+    for i in range(<uint32_t>MAX_WORKERS, <uint32_t>HOSTED_SLOT):
         err = slot_buffer(&e.slots[i])
         if err != 0:
             return err
@@ -402,13 +409,14 @@ cdef bint engine_stop(Engine_t *e) noexcept nogil:
         for i in range(e.workers):
             if e.slots[i].wake_fd >= 0:
                 eventfd_raise(e.slots[i].wake_fd)
+        carriers_end(e)
         alive = u32_load(&e.alive)
-        if alive == 0 and u32_load(&e.keepers) == 0:
+        if alive == 0 and u32_load(&e.keepers) == 0 and u32_load(&e.carriers) == 0:
             break
         futex_wait(&e.alive if alive else &e.keepers, alive if alive else 1, 10000000)
     for i in range(<uint32_t>MAX_WORKERS):
         stuck = stuck or e.slots[i].kind != SLOT_FREE
-    if stuck or u32_load(&e.alive) or u32_load(&e.keepers):
+    if stuck or u32_load(&e.alive) or u32_load(&e.keepers) or u32_load(&e.carriers):
         return False
     engine_free(e)
     return True
@@ -419,7 +427,7 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
     if e.slots != NULL:
         for i in range(<uint32_t>MAX_SLOTS):
             slot_close(&e.slots[i])
-            if e.slots[i].staging != NULL:
+            if e.slots[i].staging != NULL and e.slots[i].kind != SLOT_HOSTED:
                 munmap(e.slots[i].staging, MAX_BLOCK_BYTES)
         munmap(e.slots, page_round(MAX_SLOTS * sizeof(Slot)))
     if e.demand != NULL:
@@ -428,6 +436,10 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
         close(e.faults_fd)
     if e.keeper_fd >= 0:
         close(e.keeper_fd)
+    if e.hosts != NULL:
+        hosts_free(e.hosts)
+    while e.sessions != NULL:
+        session_end(e, e.sessions.id)
     free(e.closed)
     free(e)
 
@@ -499,7 +511,7 @@ cdef void child_engine(Engine_t *e) noexcept nogil:
     e.dying = NULL
     e.stalled_ns = 0
     e.placing = 0
-    e.broken = engine_start(e) != 0
+    e.broken = (e.hosts != NULL and hosts_child(e) != 0) or engine_start(e) != 0
     if e.broken:
         say_child(b"a forked child could not start its workers; touching a missing page will end it")
 
@@ -525,7 +537,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
     s.since_ns = 0
     s.job = NULL
     s.tid = 0
-    if s.kind != SLOT_INLINE:
+    if s.kind != SLOT_INLINE and s.kind != SLOT_HOSTED:
         s.kind = SLOT_FREE
 
 

@@ -135,6 +135,7 @@ static inline void cpu_relax(void)
     __builtin_ia32_pause();
 #endif
 }
+static inline int u64_count(uint64_t v) { return __builtin_popcountll(v); }
 static inline int u64_log2(uint64_t v) { return v ? 63 - __builtin_clzll(v) : 0; }
 
 /* ---- time, threads, futex ------------------------------------------------------------------------------------- */

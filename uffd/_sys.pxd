@@ -1,5 +1,5 @@
 # What the core sees of _sys.h and _sigbus.h. Declarations only; the meaning of each is said there.
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "_sys.h" nogil:
     enum:
@@ -45,6 +45,7 @@ cdef extern from "_sys.h" nogil:
     void ptr_store(void *p, void *v) noexcept
     void cpu_relax() noexcept
     int u64_log2(uint64_t v) noexcept
+    int u64_count(uint64_t v) noexcept
     uint64_t now_ns() noexcept
     void futex_wait(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
     void futex_wake_all(uint32_t *word) noexcept
@@ -103,22 +104,27 @@ cdef extern from "_sys.h" nogil:
     int fallocate(int fd, int mode, int64_t offset, int64_t len) noexcept
     int ftruncate(int fd, int64_t len) noexcept
     int close(int fd) noexcept
+    int kill(int pid, int signal) noexcept
+    int shutdown(int fd, int how) noexcept
+    int SIGKILL, MAP_SHARED
     int64_t pread(int fd, void *block, size_t nbytes, int64_t offset) noexcept
     int64_t pwrite(int fd, const void *block, size_t nbytes, int64_t offset) noexcept
     int64_t sysconf(int name) noexcept
     int sched_yield() noexcept
+    void say(const char *text, size_t length) noexcept
     int PROT_NONE, PROT_READ, PROT_WRITE, MADV_DONTNEED, MAP_FIXED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
     int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE, _SC_PAGESIZE
     void *MAP_FAILED
     int errno
     int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ETIMEDOUT, ENOSPC
-    int ENOSYS, EINVAL, ENOTSUP, EBUSY
+    int ENOSYS, EINVAL, ENOTSUP, EBUSY, ECONNRESET, ECHILD
 
 cdef extern from "_sigbus.h" nogil:
     enum:
         BUS_NOT_OURS, BUS_SERVED, BUS_POISONED
     struct line:
         size_t n
+        char text[1024]
     void line_text(line *l, const char *s) noexcept
     void line_number(line *l, uint64_t v) noexcept
     void line_errno(line *l, int e) noexcept
@@ -130,3 +136,72 @@ cdef extern from "_sigbus.h" nogil:
     void int_arm() noexcept
     void int_disarm() noexcept
     void thread_take_int(int yes) noexcept
+
+cdef extern from "_host.h" nogil:
+    enum:
+        HOST_REQUESTS, HOST_BUFFER_BYTES, HOST_TEXT_BYTES, HOST_VERSION
+        REQ_FREE, REQ_POSTED, REQ_TAKEN, REQ_DONE, REQ_LOST, REQ_STATE, REQ_SEQUENCE
+        REQ_OPEN, REQ_READ
+        OPENED_READ_MANY, OPENED_WRITES
+        CONTROL_PICKLE, CONTROL_MEMORY, CONTROL_CLOSE
+    struct host_request:
+        uint32_t word
+        uint32_t kind
+        uint64_t session
+        uint64_t offset
+        uint64_t nbytes
+        uint64_t order
+        uint32_t urgent
+        uint32_t in_place
+        int32_t error
+        uint32_t text_bytes
+        int64_t opened_bytes
+        uint32_t opened_concurrency
+        uint32_t opened_flags
+        char text[8192]
+    struct host_offer:
+        uint32_t word
+        uint32_t taken
+        uint64_t session
+        uint64_t offset
+        uint64_t step
+        uint64_t row_bytes
+        uint64_t rows
+    struct host_channel:
+        uint32_t version
+        uint32_t ready
+        uint32_t generation
+        uint32_t doorbell
+        uint32_t sleepers
+        uint64_t posted
+        uint64_t order
+        uint64_t gap_ns
+        uint64_t posted_ns
+        host_offer offer
+        host_request request[32]
+    struct host_message:
+        uint64_t session
+        uint32_t what
+        int32_t error
+        uint64_t nbytes
+        uint64_t block_bytes
+        char name[80]
+    struct host_start:
+        char **argv
+        char **envp
+        int keep[2]
+        bint with_terminal
+    uint64_t host_buffer_at(uint32_t i) noexcept
+    uint64_t host_channel_bytes() noexcept
+    int host_send(int socket_fd, const host_message *m, int fd) noexcept
+    int host_receive(int socket_fd, host_message *m, int *fd, int flags) noexcept
+    int host_spawn(host_start *s) noexcept
+    bint host_reap(int pid, int *status) noexcept
+    int sys_pidfd(int pid) noexcept
+    int host_sockets(int *pair) noexcept
+    void futex_wait_shared(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
+    void futex_wake_shared(uint32_t *word, int most) noexcept
+    int SHUT_RDWR, MSG_DONTWAIT
+    int recv_flags_none "0"
+    int getppid() noexcept
+    unsigned int alarm(unsigned int seconds) noexcept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import warnings
@@ -28,6 +29,9 @@ class Engine:
 
     workers: threads that serve faults, one per CPU this process may use when None, each bound to its CPU. They never
     hold the interpreter lock. When all of them are inside slow fills, others join for as long as that lasts.
+    hosts: processes that providers written in Python run in, at most; started when the first is used. One runs as many
+    of its providers' calls at a time as they allow (`Provider.concurrency`), but like any Python it computes on one CPU:
+    more hosts are for providers that compute. Each opens each provider.
     fallback: "eager" makes regions work where no userfaultfd can be had: they are then filled whole when they are made
     (one DegradedWarning; BudgetError where memory lacks). None takes the environment's UFFD_FALLBACK.
 
@@ -45,7 +49,10 @@ class Engine:
             return super().__new__(EagerEngine)
         return super().__new__(cls)
 
-    def __init__(self, workers: int | None = None, *, fallback: str | None = None) -> None:
+    def __init__(self, workers: int | None = None, *, hosts: int = 1, fallback: str | None = None) -> None:
+        hosts = operator.index(hosts)
+        if not 1 <= hosts <= _core.MAX_HOST_COUNT:
+            raise ValueError(f"hosts must be 1 to {_core.MAX_HOST_COUNT}, not {hosts}")
         require_userfaultfd()
         if workers is None:
             workers = min(len(os.sched_getaffinity(0)), _core.MAX_WORKERS_BASE)
@@ -53,6 +60,23 @@ class Engine:
         self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
         self._ended = Stats()
         self.workers = workers
+        self.hosts = hosts
+        self._hosts_lock = threading.Lock()
+        self._hosts_set = False
+
+    def _with_hosts(self) -> _core.Engine:
+        """The core's engine, ready to start provider hosts. ValueError if it is closed."""
+        from . import _hosting
+
+        with self._hosts_lock:
+            threads = self._threads
+            if threads is None:
+                raise ValueError("the engine is closed")
+            if not self._hosts_set:
+                argv, environment = _hosting.command()
+                threads.set_hosts(self.hosts, argv, environment, os.environ.get("UFFD_HOST_DEBUG") == "1")
+                self._hosts_set = True
+            return threads
 
     @property
     def regions(self) -> Iterator[Region]:

@@ -27,6 +27,10 @@ Where = None | tuple[int, int] | np.ndarray
 _READAHEAD_BYTES = 8 << 20          # the largest window, unless the user says otherwise
 _RESIDENT = (_core.STATES["clean"], _core.STATES["unprotecting"], _core.STATES["dirty"])
 _WRITTEN = (_core.STATES["unprotecting"], _core.STATES["dirty"])
+_HOST_CAUSES = {
+    errno.ETIMEDOUT: "read() did not return in time (timeout_s), and its provider host was stopped",
+    errno.ECONNRESET: "its provider host died each time; what it printed, and the signal, stand on stderr",
+    errno.ECHILD: "no provider host can be started; what it printed stands on stderr"}
 _by_base: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
 
 
@@ -62,7 +66,9 @@ class Region(_core.Region):
                  mode: str | None = None, block_bytes: int = 65536, backing: str = "anon", delivery: str = "auto",
                  readahead_bytes: int | None = None, on_error: str = "poison", retries: int = 3,
                  timeout_s: float = 30.0) -> None:
-        nbytes = _checked_size(nbytes, provider)
+        served = provider if hasattr(provider, "_filler") else _hosted(provider)
+        if not is_hosted(served) or nbytes is not None or served.nbytes is not None:
+            nbytes = _checked_size(nbytes, served.nbytes, provider)
         _check_choice("mode", mode, (None, "r", "c", "r+"))
         _check_choice("backing", backing, ("anon", "shared"))
         _check_choice("delivery", delivery, ("auto", "thread", "inline"))
@@ -79,7 +85,8 @@ class Region(_core.Region):
             raise TypeError(f"engine must be a uffd.Engine, not {type(engine).__name__}")
         if engine.closed:
             raise ValueError("the engine is closed")
-        _refuse_own_memory(provider, engine)
+        if not is_hosted(served):
+            _refuse_own_memory(provider, engine)
         readahead_bytes = _READAHEAD_BYTES if readahead_bytes is None else operator.index(readahead_bytes)
         if readahead_bytes < 0:
             raise ValueError(f"readahead_bytes must be >= 0, not {readahead_bytes}")
@@ -96,13 +103,33 @@ class Region(_core.Region):
         self._options = {"name": name, "mode": mode, "block_bytes": block_bytes, "backing": backing,
                          "delivery": delivery, "readahead_bytes": readahead_bytes, "on_error": on_error,
                          "retries": retries, "timeout_s": timeout_s}
-        self._open(engine._threads, provider._filler(engine), nbytes, block_bytes, name=self.name,
-                   provider=_title(provider), shared=backing == "shared",
-                   is_inline=self.delivery == "inline", writable=self.mode != "r",
-                   readahead_bytes=min(readahead_bytes, 1 << 40), wait_for_ever=on_error == "wait",
-                   retries=min(retries, 1 << 30), timeout_ns=int(min(float(timeout_s), 1e9) * 1e9))
+        filler = self._filler_of(served)
+        try:
+            self._open(engine._threads, filler, self.nbytes, block_bytes, name=self.name, provider=_title(provider),
+                       shared=backing == "shared", is_inline=self.delivery == "inline", writable=self.mode != "r",
+                       readahead_bytes=min(readahead_bytes, 1 << 40), wait_for_ever=on_error == "wait",
+                       retries=min(retries, 1 << 30), timeout_ns=int(min(float(timeout_s), 1e9) * 1e9))
+        except BaseException:
+            if is_hosted(served) and engine._threads is not None:
+                engine._threads.end_session(filler)
+            raise
         engine._regions.add(self)
         _by_base[self.address] = self
+
+    def _filler_of(self, served: Any) -> Any:
+        """The core's side of the provider; one in Python is opened in a host, which knows its size then."""
+        if not is_hosted(served):
+            return served._filler(self.engine)
+        from . import _hosting
+
+        filler, nbytes = _hosting.begin(self.engine, served, name=self.name, block_bytes=self.block_bytes,
+                                        retries=self._options["retries"], timeout_s=self._options["timeout_s"])
+        try:
+            self.nbytes = _checked_size(self.nbytes, served.nbytes if nbytes is None else nbytes, self.provider)
+        except BaseException:
+            self.engine._threads.end_session(filler)
+            raise
+        return filler
 
     # ---- arrays ----
 
@@ -203,9 +230,16 @@ class Region(_core.Region):
     def _error(self, number: int, block: int, tries: int) -> ProviderError:
         offset = block * self.block_bytes
         nbytes = min(self.block_bytes, self.nbytes - offset)
+        text = None if self.closed else self._text_of(block)
+        why = os.strerror(number)
+        if text:
+            why = text.strip().splitlines()[-1]
+        elif number in _HOST_CAUSES and is_hosted(_served(self.provider)):
+            why = _HOST_CAUSES[number]
         message = (f"region {self.name!r}: block at offset {offset} ({nbytes} bytes) could not be filled from "
-                   f"{_title(self.provider)} after {tries} tries: {os.strerror(number)}")
-        return ProviderError(number, message, region=self.name, offset=offset, nbytes=nbytes, tries=tries)
+                   f"{_title(self.provider)} after {tries} tries: {why}")
+        return ProviderError(number, message, region=self.name, offset=offset, nbytes=nbytes, tries=tries,
+                             provider_traceback=text)
 
     # ---- what is there ----
 
@@ -257,7 +291,12 @@ class Region(_core.Region):
     def __reduce__(self) -> Any:
         """The recipe: provider and options, never bytes, and never what was written. TypeError from the provider if
         it can't be had in another process. The engine is the default one there."""
-        return _remade, (self.nbytes, self.provider, self._options)
+        provider = self.provider
+        if is_hosted(_served(provider)):
+            from ._hosting import Portable
+
+            provider = Portable(provider)
+        return _remade, (self.nbytes, provider, self._options)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes} bytes from {_title(self.provider)}"
@@ -386,7 +425,7 @@ def _remade(nbytes: int, provider: Any, options: dict[str, Any]) -> Region:
 
 
 def _title(provider: Any) -> str:
-    return getattr(provider, "title", None) or type(provider).__name__
+    return getattr(provider, "title", None) or getattr(provider, "__name__", None) or type(provider).__name__
 
 
 def _check_choice(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -394,18 +433,37 @@ def _check_choice(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
-def _checked_size(nbytes: int | None, provider: Any) -> int:
-    if not hasattr(provider, "_filler"):
-        raise TypeError(f"{type(provider).__name__} is no provider; see uffd.providers")
+def is_hosted(served: Any) -> bool:
+    """Whether the provider runs in a provider host."""
+    return not hasattr(served, "_filler")
+
+
+def _hosted(provider: Any) -> Any:
+    """The Provider that an object is or stands for. TypeError for what is none."""
+    from .providers.hosted import as_provider
+
+    served = as_provider(provider)
+    if served is None:
+        raise TypeError(f"{type(provider).__name__} is no provider: give one of uffd.providers, a subclass of "
+                        "uffd.Provider, or a function f(offset, out)")
+    return served
+
+
+def _served(provider: Any) -> Any:
+    return provider if hasattr(provider, "_filler") else _hosted(provider)
+
+
+def _checked_size(nbytes: Any, size: int | None, provider: Any) -> int:
+    """The region's size, of a provider that has `size` bytes (None: as many as one likes)."""
     if nbytes is None:
-        if provider.nbytes is None:
+        if size is None:
             raise ValueError(f"{_title(provider)} has no size of its own: nbytes is needed")
-        nbytes = provider.nbytes
+        nbytes = size
     nbytes = operator.index(nbytes)
     if nbytes <= 0 or nbytes > 1 << 46:
         raise ValueError(f"nbytes must be 1 to 2**46, not {nbytes}")
-    if provider.nbytes is not None and nbytes > provider.nbytes:
-        raise ValueError(f"{_title(provider)} holds {provider.nbytes} bytes, fewer than the {nbytes} asked for")
+    if size is not None and nbytes > size:
+        raise ValueError(f"{_title(provider)} holds {size} bytes, fewer than the {nbytes} asked for")
     return nbytes
 
 

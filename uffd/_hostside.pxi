@@ -1,0 +1,571 @@
+# The provider host's own end of the channel: what `python -m uffd._host` is made of, beside the Python of _host.py.
+#
+# Uses:     _host.h; nothing of an engine
+# Provides: HostEnd (takes requests, answers them), HostBuffer (the bytes that a provider fills)
+#
+# Threads of the host wait here without its interpreter lock. A buffer that a provider keeps after its call is taken
+# away from it: private memory is put in the place of the shared, so that a late write reaches nobody's array.
+
+cdef enum:
+    HOST_SESSIONS = 4096                    # of one host at a time
+
+cdef struct HostSession:
+    uint64_t id                             # 0: free
+    uint32_t limit                          # threads at once
+    uint32_t running
+    bint read_many
+    bint closed                             # by the engine; freed when nobody runs
+    char *memory                            # the region's shared pages, once mapped
+    uint64_t memory_bytes
+    uint64_t block_bytes
+    char name[80]
+
+
+@no_gc_clear
+cdef class HostBuffer:
+    """The bytes that one call of a provider is to fill. `exports` tells whether it still holds them afterwards."""
+    cdef char *start
+    cdef Py_ssize_t nbytes
+    cdef readonly Py_ssize_t exports
+    cdef char *window                       # its own: unmapped with the last view
+    cdef uint64_t window_bytes
+    cdef Py_ssize_t shape[1]
+    cdef Py_ssize_t strides[1]
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.shape[0] = self.nbytes
+        self.strides[0] = 1
+        buffer.buf = self.start
+        buffer.obj = self
+        buffer.len = self.nbytes
+        buffer.itemsize = 1
+        buffer.readonly = 0
+        buffer.ndim = 1
+        buffer.format = b"B"
+        buffer.shape = self.shape
+        buffer.strides = self.strides
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+
+    def __dealloc__(self):
+        if self.window != NULL:
+            munmap(self.window, self.window_bytes)
+
+
+@no_gc_clear
+cdef class HostEnd:
+    """One per host process: maps the channel (OSError where it is not one of this version) and answers requests. All
+    methods are thread-safe; those that wait release the interpreter lock."""
+    cdef host_channel *channel
+    cdef int channel_fd
+    cdef int control_fd
+    cdef int parent_fd
+    cdef int parent
+    cdef uint32_t stopping
+    cdef uint64_t canary
+    cdef pthread_mutex_t lock               # sessions; held for a few instructions
+    cdef pthread_mutex_t asking             # one question to the engine at a time
+    cdef pthread_mutex_t offering           # one offer at a time
+    cdef HostSession *sessions
+    cdef char *window[HOST_REQUESTS + 1]
+    cdef list buffers
+    cdef uint32_t leader[HOST_REQUESTS]     # of the batch that a taken request belongs to; under the lock
+    cdef uint32_t left[HOST_REQUESTS]       # requests of a leader's batch without an answer
+    cdef uint32_t answered                  # futex: answers to questions
+    cdef host_message answer
+    cdef int answer_fd
+
+    def __init__(self, int channel_fd, int control_fd):
+        cdef uint32_t i
+        self.channel_fd = channel_fd
+        self.control_fd = control_fd
+        self.parent = getppid()
+        self.parent_fd = sys_pidfd(self.parent)
+        self.answer_fd = -1
+        self.canary = scrambled(now_ns())
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_mutex_init(&self.asking, NULL)
+        pthread_mutex_init(&self.offering, NULL)
+        self.buffers = [None] * HOST_REQUESTS
+        self.sessions = <HostSession *>calloc(HOST_SESSIONS, sizeof(HostSession))
+        self.channel = <host_channel *>map_window(channel_fd, 0, host_buffer_at(0))
+        if self.channel == NULL or self.sessions == NULL:
+            raise MemoryError("no memory for a provider host")
+        if self.channel.version != HOST_VERSION:
+            raise OSError(_errno.EPROTO, "the engine and its provider host are of different versions")
+        for i in range(HOST_REQUESTS + 1):
+            self.window[i] = map_window(channel_fd, host_buffer_at(i), HOST_BUFFER_BYTES)
+            if self.window[i] == NULL:
+                raise MemoryError("no address space for page buffers")
+
+    def ready(self):
+        """Tells the engine that requests are taken."""
+        cdef host_offer *o = &self.channel.offer
+        while u32_load(&o.word) == REQ_POSTED and not self.stopping:
+            with nogil:
+                poll(NULL, 0, 1)            # the engine still answers the host before
+        u32_store(&o.word, REQ_FREE)
+        u32_store_seq(&self.channel.ready, self.channel.generation)
+
+    def take(self):
+        """Waits for work: (kind, session, slot, [(slot, offset, nbytes), ...]), or None at the end of service."""
+        cdef uint32_t found[HOST_REQUESTS]
+        cdef int n
+        cdef host_request *q
+        with nogil:
+            n = host_take(self, found)
+        if n == 0:
+            return None
+        q = &self.channel.request[found[0]]
+        return (q.kind, q.session, found[0],
+                sorted([(i, self.channel.request[i].offset, self.channel.request[i].nbytes) for i in found[:n]],
+                       key=_by_offset))
+
+    def out(self, uint32_t slot):
+        """A writable view of the bytes that request `slot` is to fill; anew with each call."""
+        cdef host_request *q = _request(self, slot)
+        cdef HostBuffer b = HostBuffer.__new__(HostBuffer)
+        cdef uint64_t end, page
+        if q.nbytes > HOST_BUFFER_BYTES:
+            raise ValueError(f"a request of {q.nbytes} bytes")
+        b.start = self._memory(q.session, q.offset, q.nbytes) if q.in_place else self.window[slot]
+        b.nbytes = <Py_ssize_t>q.nbytes
+        self.buffers[slot] = b
+        end = q.nbytes
+        page = 0
+        while page < end:
+            canary_put(b.start + page, PAGE if end - page > PAGE else end - page, self.canary + page)
+            page += PAGE
+        return memoryview(b)
+
+    cdef char *_memory(self, uint64_t session, uint64_t offset, uint64_t nbytes) except NULL:
+        """The region's own shared pages."""
+        cdef HostSession *one
+        cdef char *memory
+        pthread_mutex_lock(&self.lock)
+        one = session_find(self, session)
+        memory = one.memory if one != NULL else NULL
+        pthread_mutex_unlock(&self.lock)
+        if memory == NULL:
+            fd = self._ask(session, CONTROL_MEMORY)
+            try:
+                memory = map_window(fd, 0, self.answer.nbytes)
+            finally:
+                _os.close(fd)
+            if memory == NULL:
+                raise MemoryError("no address space for the region's shared pages")
+            pthread_mutex_lock(&self.lock)
+            one = session_find(self, session)
+            if one != NULL and one.memory == NULL:
+                one.memory = memory         # of two threads at once, one mapping is left over: address space only
+                one.memory_bytes = self.answer.nbytes
+            pthread_mutex_unlock(&self.lock)
+        pthread_mutex_lock(&self.lock)
+        one = session_find(self, session)
+        if one == NULL or one.memory == NULL or offset > one.memory_bytes or nbytes > one.memory_bytes - offset:
+            memory = NULL
+        pthread_mutex_unlock(&self.lock)
+        if memory == NULL:
+            raise ValueError(f"bytes {offset} to {offset + nbytes} are outside the region's shared pages")
+        return memory + offset
+
+    def opened(self, int64_t slot, uint64_t session, nbytes, uint32_t concurrency, bint read_many, bint writes):
+        """The session's provider is open. slot: of the OPEN request that this answers, or -1."""
+        cdef HostSession *one
+        cdef host_request *q
+        pthread_mutex_lock(&self.lock)
+        one = session_find(self, session)
+        if one != NULL:
+            one.limit = concurrency if concurrency else 1
+            one.read_many = read_many
+        pthread_mutex_unlock(&self.lock)
+        u32_add_seq(&self.channel.doorbell, 1)
+        futex_wake_shared(&self.channel.doorbell, 1 << 30)      # more threads may run it now
+        if slot >= 0:
+            q = _request(self, <uint32_t>slot)
+            q.opened_bytes = -1 if nbytes is None else nbytes
+            q.opened_concurrency = concurrency
+            q.opened_flags = (OPENED_READ_MANY if read_many else 0) | (OPENED_WRITES if writes else 0)
+            request_end(self, <uint32_t>slot, 0)
+
+    def done(self, uint32_t slot):
+        """Request `slot` is filled. A text where the provider deserves a warning, else None."""
+        cdef host_request *q = _request(self, slot)
+        cdef HostBuffer b = self.buffers[slot]
+        cdef uint64_t page = 0, end = q.nbytes, n
+        warning = None
+        if b.exports:
+            warning = self._take_away(slot, b)
+        while page < end:
+            n = PAGE if end - page > PAGE else end - page
+            if canary_there(b.start + page, n, self.canary + page):
+                self.failed(slot, _errno.EIO, "not filled whole: read() returned, and bytes "
+                            f"{page} to {page + n} of the {end} of `out` were not written"
+                            + (" (the provider kept `out`, which is taken away after its call)" if warning else ""))
+                return warning
+            page += PAGE
+        self.buffers[slot] = None
+        request_end(self, slot, 0)
+        return warning
+
+    def _take_away(self, uint32_t slot, HostBuffer b):
+        """The provider still holds its buffer: it keeps a private copy of the pages, and the slot gets others."""
+        cdef host_request *q = _request(self, slot)
+        cdef uint64_t span = page_round(q.nbytes)
+        cdef char *fresh
+        cdef HostSession *one
+        if q.in_place:
+            pthread_mutex_lock(&self.lock)
+            one = session_find(self, q.session)
+            if one != NULL:
+                one.memory = NULL           # mapped again elsewhere at the next request; this mapping stays
+            pthread_mutex_unlock(&self.lock)
+            fresh = b.start
+        else:
+            fresh = map_window(self.channel_fd, host_buffer_at(slot), HOST_BUFFER_BYTES)
+            if fresh == NULL:
+                raise MemoryError("no address space for page buffers")
+            b.window = self.window[slot]
+            b.window_bytes = HOST_BUFFER_BYTES
+            self.window[slot] = fresh
+        if make_private(b.start, span) != 0:
+            raise MemoryError("no memory to take a buffer away")
+        b.start = fresh                     # what is checked and placed; views have the old address
+        return ("the provider kept `out` after read() had returned: it was taken away, and what is written to it later "
+                "goes nowhere. Copy what you want to keep")
+
+    def failed(self, uint32_t slot, int number, str text):
+        """Request `slot` failed: an errno, and what the user is to read."""
+        cdef host_request *q = _request(self, slot)
+        cdef bytes raw = text.encode("utf-8", "replace")[-<int>HOST_TEXT_BYTES:]
+        memcpy(q.text, PyBytes_AsString(raw), <size_t>len(raw))
+        q.text_bytes = <uint32_t>len(raw)
+        self.buffers[slot] = None
+        request_end(self, slot, -number if number > 0 else -_errno.EIO)
+
+    def offer(self, uint64_t session, uint64_t offset, uint64_t step, rows):
+        """Places rows of bytes that nobody asked for: row i of a 2-d C-contiguous uint8 buffer at offset + i * step.
+        Only whole blocks that are missing. Waits for the engine. True: some were placed."""
+        cdef Py_buffer view
+        cdef uint64_t row_bytes, n, at = 0, most
+        cdef uint32_t taken = 0
+        PyObject_GetBuffer(rows, &view, PyBUF_ANY_CONTIGUOUS)
+        try:
+            n = len(rows)
+            row_bytes = <uint64_t>view.len // n if n else 0
+            if row_bytes == 0 or row_bytes > HOST_BUFFER_BYTES:
+                return False
+            most = HOST_BUFFER_BYTES // row_bytes
+            with nogil:
+                pthread_mutex_lock(&self.offering)
+                while at < n and not u32_load(&self.stopping):
+                    if n - at < most:
+                        most = n - at
+                    memcpy(self.window[HOST_REQUESTS], <char *>view.buf + at * row_bytes, most * row_bytes)
+                    taken += offer_rows(self, session, offset + at * step, step, row_bytes, most)
+                    at += most
+                pthread_mutex_unlock(&self.offering)
+        finally:
+            PyBuffer_Release(&view)
+        return taken > 0
+
+    def pickle_of(self, uint64_t session):
+        """The pickle of the session's provider, from the engine."""
+        cdef HostSession *one
+        fd = self._ask(session, CONTROL_PICKLE)
+        try:
+            size = _os.fstat(fd).st_size
+            data = _os.pread(fd, size, 0)
+            while len(data) < size:
+                more = _os.pread(fd, size - len(data), len(data))
+                if not more:
+                    raise OSError(_errno.EIO, "the provider's pickle is cut short")
+                data += more
+        finally:
+            _os.close(fd)
+        pthread_mutex_lock(&self.lock)
+        one = session_find(self, session)
+        if one != NULL:
+            one.block_bytes = self.answer.block_bytes
+            memcpy(one.name, self.answer.name, 80)
+            one.name[79] = 0
+        pthread_mutex_unlock(&self.lock)
+        return data
+
+    def name_of(self, uint64_t session):
+        """The region's name, known after pickle_of."""
+        cdef HostSession *one = session_find(self, session)
+        return "" if one == NULL else one.name.decode("utf-8", "replace")
+
+    def block_bytes_of(self, uint64_t session):
+        """The region's block size, known after pickle_of; 0 before."""
+        cdef HostSession *one = session_find(self, session)
+        return 0 if one == NULL else one.block_bytes
+
+    def _ask(self, uint64_t session, uint32_t what):
+        """A descriptor from the engine. self.answer holds the rest until the next question."""
+        cdef host_message m
+        cdef uint32_t before
+        cdef int err = 0, tries = 0, fd
+        memset(&m, 0, sizeof(m))
+        m.session = session
+        m.what = what
+        with nogil:
+            pthread_mutex_lock(&self.asking)
+            before = u32_load(&self.answered)
+            err = host_send(self.control_fd, &m, -1)
+            while err == 0 and u32_load(&self.answered) == before and not u32_load(&self.stopping) and tries < 300:
+                futex_wait(&self.answered, before, 100000000)
+                tries += 1
+            fd = self.answer_fd
+            self.answer_fd = -1
+            if err == 0:
+                err = self.answer.error if u32_load(&self.answered) != before else -ETIMEDOUT
+            pthread_mutex_unlock(&self.asking)
+        if err != 0 or fd < 0:
+            raise _os_error(err if err else -_errno.EPROTO, "the engine did not hand the provider over")
+        return fd
+
+    def watch(self):
+        """Waits for the engine: the number of a session that it closed, or None at the end of service. From then on the
+        process has a second to end by itself."""
+        cdef uint64_t session = 0
+        with nogil:
+            while not u32_load(&self.stopping):
+                session = control_wait(self)
+                if session:
+                    break
+        return session if session else None
+
+    def free_session(self, uint64_t session):
+        """Forgets a session that the engine closed."""
+        cdef HostSession *one
+        cdef char *memory = NULL
+        cdef uint64_t nbytes = 0
+        pthread_mutex_lock(&self.lock)
+        one = session_find(self, session)
+        if one != NULL:
+            memory = one.memory
+            nbytes = one.memory_bytes
+            one.id = 0
+        pthread_mutex_unlock(&self.lock)
+        if memory != NULL:
+            munmap(memory, nbytes)
+
+
+def _by_offset(request):
+    return request[1]
+
+
+cdef host_request *_request(HostEnd end, uint32_t slot) except NULL:
+    if slot >= HOST_REQUESTS:
+        raise ValueError(f"no request {slot}")
+    return &end.channel.request[slot]
+
+
+cdef char *map_window(int fd, uint64_t offset, uint64_t nbytes) noexcept nogil:
+    """Shared memory that a provider's own children do not get. NULL on failure."""
+    cdef void *p = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <int64_t>offset)
+    if p == MAP_FAILED:
+        return NULL
+    madvise(p, nbytes, 10)                  # MADV_DONTFORK
+    return <char *>p
+
+
+cdef int make_private(char *start, uint64_t span) noexcept nogil:
+    """Private memory with the same bytes in the place of shared pages."""
+    cdef char *copy = map_lazy(span, PROT_READ | PROT_WRITE, -1)
+    cdef void *p
+    if copy == NULL:
+        return -ENOMEM
+    memcpy(copy, start, span)
+    p = mmap(start, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
+    if p != MAP_FAILED:
+        memcpy(start, copy, span)
+    munmap(copy, span)
+    return -ENOMEM if p == MAP_FAILED else 0
+
+
+cdef uint64_t scrambled(uint64_t v) noexcept nogil:
+    """Every bit of it depends on the time (the multiplier of Fibonacci hashing)."""
+    cdef uint64_t high = 0x9E3779B9, low = 0x7F4A7C15
+    return v * (high << 32 | low) | 1
+
+
+cdef void canary_put(char *page, uint64_t n, uint64_t value) noexcept nogil:
+    """Bytes at the end of a page that nobody writes by chance."""
+    cdef uint64_t w = 8 if n >= 8 else n
+    memcpy(page + n - w, &value, w)
+
+
+cdef bint canary_there(const char *page, uint64_t n, uint64_t value) noexcept nogil:
+    return n >= 8 and memcmp(page + n - 8, &value, 8) == 0      # shorter ones could be there by chance
+
+
+cdef HostSession *session_find(HostEnd end, uint64_t session) noexcept nogil:
+    """The entry, made if there is none; NULL when the table is full. Under the lock, or where a name is only read."""
+    cdef uint32_t i, at
+    cdef HostSession *one
+    cdef HostSession *vacant = NULL
+    for i in range(HOST_SESSIONS):
+        at = <uint32_t>(session + i) & (HOST_SESSIONS - 1)
+        one = &end.sessions[at]
+        if one.id == session:
+            return one
+        if one.id == 0 and vacant == NULL:
+            vacant = one
+            if one.limit == 0:
+                break                       # never used: nothing lies behind it
+    if vacant != NULL:
+        memset(vacant, 0, sizeof(HostSession))
+        vacant.id = session
+        vacant.limit = 1
+    return vacant
+
+
+cdef int host_take(HostEnd end, uint32_t *found) noexcept nogil:
+    """Requests of one session, the most urgent and oldest first; 0 at the end of service."""
+    cdef host_channel *ch = end.channel
+    cdef uint32_t bell
+    cdef uint64_t spin, until
+    cdef int n
+    while not u32_load(&end.stopping):
+        bell = u32_load_seq(&ch.doorbell)
+        n = host_pick(end, found)
+        if n:
+            return n
+        spin = 2 * u64_load(&ch.gap_ns)
+        until = now_ns() + (spin if spin < SPIN_NS else 0)
+        while u32_load(&ch.doorbell) == bell and now_ns() < until:
+            cpu_relax()
+        if u32_load(&ch.doorbell) != bell:
+            continue
+        u32_add_seq(&ch.sleepers, 1)
+        futex_wait_shared(&ch.doorbell, bell, SECOND_NS)
+        u32_sub(&ch.sleepers, 1)
+    return 0
+
+
+cdef int host_pick(HostEnd end, uint32_t *found) noexcept nogil:
+    cdef host_channel *ch = end.channel
+    cdef uint64_t posted = u64_load_seq(&ch.posted), bits = posted
+    cdef int best = -1, i, n = 0
+    cdef HostSession *one
+    cdef host_request *q
+    if posted == 0:
+        return 0
+    pthread_mutex_lock(&end.lock)
+    while bits:
+        i = u64_log2(bits)
+        bits &= ~(<uint64_t>1 << i)
+        if i < <int>HOST_REQUESTS and request_before(ch, i, best):
+            one = session_find(end, ch.request[i].session)
+            if one != NULL and one.running < one.limit:
+                best = i
+    if best >= 0 and request_take(ch, best):
+        found[0] = <uint32_t>best
+        n = 1
+        end.leader[best] = <uint32_t>best
+        q = &ch.request[best]
+        one = session_find(end, q.session)
+        one.running += 1
+        bits = posted & ~(<uint64_t>1 << best) if one.read_many and q.kind == REQ_READ else 0
+        while bits:
+            i = u64_log2(bits)
+            bits &= ~(<uint64_t>1 << i)
+            if i < <int>HOST_REQUESTS and ch.request[i].session == q.session and ch.request[i].kind == REQ_READ:
+                if request_take(ch, i):
+                    found[n] = <uint32_t>i
+                    end.leader[i] = <uint32_t>best
+                    n += 1
+        end.left[best] = <uint32_t>n
+    pthread_mutex_unlock(&end.lock)
+    return n
+
+
+cdef bint request_before(host_channel *ch, int i, int best) noexcept nogil:
+    """Whether posted request i comes before request `best`."""
+    cdef host_request *a = &ch.request[i]
+    if u32_load(&a.word) & REQ_STATE != REQ_POSTED:
+        return False
+    if best < 0:
+        return True
+    if a.urgent != ch.request[best].urgent:
+        return a.urgent != 0
+    return a.order < ch.request[best].order
+
+
+cdef bint request_take(host_channel *ch, int i) noexcept nogil:
+    cdef uint32_t word = u32_load(&ch.request[i].word)
+    if word & REQ_STATE != REQ_POSTED or not u32_cas(&ch.request[i].word, word, word & ~<uint32_t>REQ_STATE | REQ_TAKEN):
+        return False
+    u64_and(&ch.posted, ~(<uint64_t>1 << i))
+    return True
+
+
+cdef void request_end(HostEnd end, uint32_t slot, int err) noexcept nogil:
+    """The answer. With the last one of a batch its session may be handed to a thread again."""
+    cdef host_request *q = &end.channel.request[slot]
+    cdef uint32_t word = u32_load(&q.word), leader = end.leader[slot]
+    cdef HostSession *one
+    pthread_mutex_lock(&end.lock)
+    end.left[leader] -= 1
+    if end.left[leader] == 0:
+        one = session_find(end, q.session)
+        if one != NULL and one.running:
+            one.running -= 1
+    pthread_mutex_unlock(&end.lock)
+    q.error = err
+    u32_store_seq(&q.word, word & ~<uint32_t>REQ_STATE | REQ_DONE)
+    futex_wake_shared(&q.word, 1)
+
+
+cdef uint32_t offer_rows(HostEnd end, uint64_t session, uint64_t offset, uint64_t step, uint64_t row_bytes,
+                         uint64_t rows) noexcept nogil:
+    """How many blocks were placed."""
+    cdef host_offer *o = &end.channel.offer
+    o.session = session
+    o.offset = offset
+    o.step = step
+    o.row_bytes = row_bytes
+    o.rows = rows
+    o.taken = 0
+    u32_store_seq(&o.word, REQ_POSTED)
+    futex_wake_shared(&o.word, 1)
+    while u32_load(&o.word) == REQ_POSTED and not u32_load(&end.stopping):
+        futex_wait_shared(&o.word, REQ_POSTED, SECOND_NS / 4)
+    return o.taken if u32_load(&o.word) == REQ_DONE else 0
+
+
+cdef uint64_t control_wait(HostEnd end) noexcept nogil:
+    """One look at the engine: the number of a session that it closed, else 0."""
+    cdef pollfd fds[2]
+    cdef host_message m
+    cdef int fd = -1, got
+    fds[0].fd = end.control_fd
+    fds[0].events = <short>POLLIN
+    fds[1].fd = end.parent_fd
+    fds[1].events = <short>POLLIN
+    poll(fds, 2, 1000)
+    got = host_receive(end.control_fd, &m, &fd, MSG_DONTWAIT)
+    if got == 0 or getppid() != end.parent or (fds[1].revents and end.parent_fd >= 0):
+        host_ends(end)
+    elif got == 1 and m.what == CONTROL_CLOSE:
+        return m.session
+    elif got == 1:
+        end.answer = m
+        end.answer_fd = fd
+        u32_add_seq(&end.answered, 1)
+        futex_wake_all(&end.answered)
+    return 0
+
+
+cdef void host_ends(HostEnd end) noexcept nogil:
+    alarm(1)                                # whatever Python code does by then, it ends: SIGALRM is not handled
+    u32_store_seq(&end.stopping, 1)
+    u32_add_seq(&end.channel.doorbell, 1)
+    futex_wake_shared(&end.channel.doorbell, 1 << 30)
