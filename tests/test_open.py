@@ -217,12 +217,16 @@ def test_what_cannot_be_opened_here(tmp_path):
         uffd.open(tmp_path / "a.npz")
     with pytest.raises(FileNotFoundError):
         uffd.open(tmp_path / "missing.npy")
-    for url in ("https://example.org/a.npy", "s3://bucket/a.npy", "file:///tmp/a.npy"):
-        with pytest.raises(ValueError, match="only local paths"):
-            uffd.open(url)
     np.save(tmp_path / "a.npy", np.arange(3))
     with pytest.raises(ValueError, match="storage_options"):
         uffd.open(tmp_path / "a.npy", storage_options={"anon": True})
+    with pytest.raises(ValueError, match="of this process"):
+        uffd.open("memory://a.npy")
+
+
+def test_a_file_url_is_a_local_path(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert_same_bits(uffd.open(f"file://{tmp_path}/a.npy"), np.arange(3))
 
 
 # ---- .safetensors

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from . import frames, npy, packing, recognise, safetensors
+from ..providers.urls import is_url, shown
+from . import frames, npy, packing, recognise, remote, safetensors, zarrs
 from .serving import Serving
+from .sources import LocalSource
 
 __all__ = ["open", "pack"]
 
@@ -22,7 +24,8 @@ def open(
     engine: Any = None,
     **region_options: Any,
 ) -> np.ndarray | Mapping[str, np.ndarray]:
-    """Return the array, or the mapping of named arrays, that a local file holds; its bytes come on first touch.
+    """Return the array, or the mapping of named arrays, that a file or a zarr store holds; its bytes come on first
+    touch.
 
     ============================================  =====================================================
     content                                       result
@@ -34,7 +37,13 @@ def open(
     ``.safetensors``                              read-only mapping of name to ndarray
     ``*.safetensors.index.json``, or a directory  the same, over all shards
     holding one
+    zarr array, format 2 or 3                     ndarray, C order
+    zarr group                                    read-only mapping of path in the group to ndarray
     ============================================  =====================================================
+
+    A zarr store is a directory or a zip file. A URL (https://, s3:// and whatever fsspec has) may name a ``.npy``, a
+    ``.safetensors``, an index of its shards or a zarr store; the server must do byte ranges. What comes from URLs and
+    zarr stores is read by Python code in the engine's provider host, another process.
 
     The content decides, not the suffix. Only headers are read here; each file that holds array data becomes one
     `Region`, whose address range costs no memory until it is touched. Arrays are ordinary ndarrays that keep their
@@ -44,12 +53,15 @@ def open(
     writeable. "r+" raises ValueError: the providers of files cannot write back.
     engine: the `Engine` to serve the region, by default `default_engine()`.
     region_options: passed on to `Region`. Unless given, ``name`` is the path, and ``block_bytes`` follows the
-    compressed blocks of a Blosc2 file.
-    storage_options: options for remote stores; must be None for a local path.
+    compressed blocks of a Blosc2 file or the chunks of a zarr array.
+    storage_options: fsspec's options for a URL (credentials, headers); must be None for a local path.
+
+    A file is served as it was when it was opened here: bytes of a remote file that has changed since are an error.
+    A zarr store must not be written to while it is in use.
 
     A mapping opens each shard's region when a tensor of it is asked for first; ``.metadata`` holds the file's own
-    metadata. Tensors of types that numpy lacks (BF16, F8_E4M3, F8_E5M2, ...) need the package ml_dtypes; without it
-    the access to such a key raises TypeError, other keys are not affected. A tensor whose offset in the file is no
+    metadata, of a zarr group its attributes. Tensors of types that numpy lacks (BF16, F8_E4M3, F8_E5M2, ...) need the
+    package ml_dtypes; without it the access to such a key raises TypeError, other keys are not affected. A tensor whose offset in the file is no
     multiple of its item size is a correct, but unaligned array (``flags.aligned`` is False): numpy computes with it
     through copies, and libraries that insist on aligned data copy it whole. `pack` aligns every tensor.
 
@@ -58,18 +70,25 @@ def open(
     here for what memmap cannot do (batched prefetch, statistics, one path for raw and compressed), or `pack` them.
 
     Blocks while headers are read. May be called from any thread; so may the mapping.
-    Raises FileNotFoundError, IsADirectoryError and other OSError from the file system; ValueError for URLs, for
-    unknown, damaged or truncated files (with the sizes found and expected) and for a bad mode; TypeError for arrays
-    of Python objects; ImportError naming the extra to install for Blosc2 files.
+    Raises FileNotFoundError, IsADirectoryError and other OSError from the file system; ValueError for
+    unknown, damaged or truncated files (with the sizes found and expected), for what a URL can't name and for a bad
+    mode; TypeError for arrays of Python objects; ImportError naming the extra to install.
     """
-    path = recognise.local_path(path_or_url, storage_options)
-    serving = Serving(path, mode, engine, region_options)
-    kind = recognise.kind_of(path)
+    name = os.fsdecode(path_or_url)
+    if is_url(name) and not name.startswith("file://"):
+        return remote.open_url(name, storage_options or {}, Serving(shown(name), mode, engine, region_options))
+    path = recognise.local_path(name)
+    if storage_options is not None:
+        raise ValueError(f"storage_options are for URLs, and {path!r} is a local path")
+    serving, source = Serving(path, mode, engine, region_options), LocalSource(path)
+    kind = recognise.kind_of_local(path, source)
     if kind == "npy":
-        return npy.open_array(path, serving)
+        return npy.open_array(source, serving)
     if kind == "frame":
         return frames.open_frame(path, serving)
-    return safetensors.open_tensors(path, serving)
+    if kind == "zarr":
+        return zarrs.open_zarr(path, {}, serving)
+    return safetensors.open_tensors(source, kind, serving)
 
 
 def pack(
@@ -77,7 +96,7 @@ def pack(
 ) -> None:
     """Write to the file `dst` the array or tensors of `src`, compressed block by block, for `open` to open lazily.
 
-    src: a ``.npy`` (not of Python objects), a ``.safetensors``, an index of shards or a directory holding one;
+    src: a local ``.npy`` (not of Python objects), a ``.safetensors``, an index of shards or a directory holding one;
     shards are merged. codec: "zstd", "lz4", "lz4hc", "blosclz" or "zlib". level: 0 (no compression) to 9.
 
     `dst` is one contiguous Blosc2 frame (the customary suffix is ``.b2frame``): blocks of 64 KiB, each shuffled by

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ast
 import math
-import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy_format
 
-from .. import providers
 from .serving import Serving
+from .sources import Source
 
 _HEADER_BYTES_MAX = 10_000  # of versions whose header we parse; numpy's own limit for the others
 
@@ -31,15 +30,14 @@ class Header:
         return cls(dtype, shape, order, data_offset, math.prod(shape) * dtype.itemsize)
 
 
-def open_array(path: str, serving: Serving) -> np.ndarray:
+def open_array(source: Source, serving: Serving) -> np.ndarray:
     """The array of a .npy file, its region over the data section."""
-    with open(path, "rb") as file:
-        header = read_header(file, path)
-        check_length(header, os.fstat(file.fileno()).st_size, path)
+    with source.open() as file:
+        header = read_header(file, source.path)
+        check_length(header, source.size_of(file), source.path)
     if header.nbytes == 0:
         return serving.empty(header.dtype, header.shape, header.order)
-    provider = providers.File(path, offset=header.data_offset)
-    region = serving.region(header.nbytes, provider, path)
+    region = serving.region(header.nbytes, source.provider(header.data_offset), source.path)
     return region.array(header.dtype, header.shape, order=header.order)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import frames, npy, recognise, safetensors
+from .sources import LocalSource
 from .tensors import bits_of
 
 BLOCK_BYTES = 1 << 16  # the region's default block: one fill decodes one block
@@ -97,10 +98,12 @@ def _check_target(target: str, plan: Plan, source: str) -> None:
 
 
 def _plan(source: str) -> Plan:
-    kind = recognise.kind_of(source)
+    kind = recognise.kind_of_local(source, LocalSource(source))
+    if kind == "zarr":
+        raise ValueError(f"{source}: a zarr store, whose chunks are compressed already")
     if kind == "frame":
         raise ValueError(f"{source}: already a Blosc2 frame")
-    return _plan_npy(source) if kind == "npy" else _plan_tensors(source)
+    return _plan_npy(source) if kind == "npy" else _plan_tensors(source, kind)
 
 
 def _plan_npy(source: str) -> Plan:
@@ -114,9 +117,9 @@ def _plan_npy(source: str) -> Plan:
     return Plan(extents, header.nbytes, _frame_itemsize(width), _chunk_bytes(header.nbytes), frames.NPY_HEADER, text)
 
 
-def _plan_tensors(source: str) -> Plan:
+def _plan_tensors(source: str, kind: str) -> Plan:
     """Large tensors begin at a block, so that none shares a block with another; small ones at a cache line."""
-    catalogue = safetensors.read_catalogue(source)
+    catalogue = safetensors.read_catalogue(LocalSource(source), kind)
     widths = {name: max(1, (bits_of(tensor.code) or 8) // 8) for name, tensor in catalogue.tensors.items()}
     # Wide items first, as the format's own writer sorts them, else as they lie in the files.
     ordered = sorted(catalogue.tensors.items(), key=lambda item: (-widths[item[0]], item[1].part, item[1].offset))

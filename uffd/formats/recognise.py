@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
-from typing import Any
+import zipfile
+
+from ..providers.urls import is_url, shown
+from .sources import Source
 
 NPY_MAGIC = b"\x93NUMPY"
 FRAME_MAGIC = b"\x9e\xa8b2frame\x00"  # a msgpack array of 14 whose first item is that string of 8
 ZIP_MAGIC = b"PK\x03\x04"
+ZARR_ENTRIES = ("zarr.json", ".zarray", ".zgroup")
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
-
-def local_path(path_or_url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> str:
-    """The path as str; ValueError for a URL, and for storage options, which only a URL could use."""
+def local_path(path_or_url: str | os.PathLike[str]) -> str:
+    """The path as str, also of a file:// URL; ValueError for other URLs."""
     path = os.fsdecode(path_or_url)
-    if _URL.match(path):
-        raise ValueError(f"{path!r} is a URL: only local paths can be opened so far; download the file first")
-    if storage_options is not None:
-        raise ValueError(f"storage_options are for URLs, and {path!r} is a local path")
+    if path.startswith("file://"):
+        return path.removeprefix("file://")
+    if is_url(path):
+        raise ValueError(f"{shown(path)!r} is a URL, and only local paths can be packed; download the file first")
     return path
 
 
-def kind_of(path: str) -> str:
-    """ "npy", "frame" (Blosc2), "safetensors", "index" (a JSON index of shards) or "directory"; else ValueError."""
+def kind_of_local(path: str, source: Source) -> str:
+    """As `kind_of`, or "zarr" or "directory" for what is not one file of bytes."""
     if os.path.isdir(path):
-        return "directory"
+        return "zarr" if any(os.path.exists(os.path.join(path, name)) for name in ZARR_ENTRIES) else "directory"
     with open(path, "rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
+        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    if is_zip and _holds_zarr(path):
+        return "zarr"
+    return kind_of(source)
+
+
+def kind_of(source: Source) -> str:
+    """"npy", "frame" (Blosc2), "safetensors" or "index" (a JSON index of shards); else ValueError."""
+    path = source.path
+    with source.open() as file:
+        file_bytes = source.size_of(file)
         head = file.read(64)
     if head.startswith(NPY_MAGIC):
         return "npy"
@@ -45,6 +55,14 @@ def kind_of(path: str) -> str:
     if path.endswith(".safetensors"):
         return "safetensors"  # damaged: its own reader says how
     raise ValueError(
-        f"{path}: not a .npy, .safetensors, safetensors index or Blosc2 frame"
+        f"{path}: not a .npy, .safetensors, safetensors index, Blosc2 frame or zarr store"
         f" ({file_bytes} bytes, beginning {head[:8]!r})"
     )
+
+
+def _holds_zarr(path: str) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return not set(ZARR_ENTRIES).isdisjoint(archive.namelist())
+    except zipfile.BadZipFile:
+        return False

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import providers
 from . import recognise
 from .serving import Serving
+from .sources import LocalSource, Source
 from .tensors import Tensor, TensorMap, bits_of
 
 HEADER_BYTES_MAX = 100_000_000  # the format's own limit
@@ -23,9 +23,13 @@ _EXTENT_MAX = 2**63 - 1
 class Part:
     """One file with tensors: where its data section lies."""
 
-    path: str
+    source: Source
     data_offset: int
     nbytes: int
+
+    @property
+    def path(self) -> str:
+        return self.source.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +42,27 @@ class Catalogue:
     metadata: Mapping[str, Any]
 
 
-def open_tensors(path: str, serving: Serving) -> TensorMap:
+def open_tensors(source: Source, kind: str, serving: Serving) -> TensorMap:
     """The mapping of a file, an index or a directory; headers are read now, regions made when asked for."""
-    catalogue = read_catalogue(path)
+    catalogue = read_catalogue(source, kind)
 
     def make_region(number: int) -> Any:
         part = catalogue.parts[number]
-        return serving.region(part.nbytes, providers.File(part.path, offset=part.data_offset), part.path)
+        return serving.region(part.nbytes, part.source.provider(part.data_offset), part.path)
 
     return TensorMap(catalogue.path, catalogue.tensors, catalogue.metadata, serving, make_region)
 
 
-def read_catalogue(path: str) -> Catalogue:
-    """Read the headers of a .safetensors file, of all shards of an index, or of those in a directory."""
-    kind = recognise.kind_of(path)
+def read_catalogue(source: Source, kind: str) -> Catalogue:
+    """Read the headers of a .safetensors file, of all shards of an index, or of those in a local directory."""
     if kind == "directory":
-        path = _model_in(path)
-        kind = recognise.kind_of(path)
+        source = LocalSource(_model_in(source.path))
+        kind = recognise.kind_of(source)
     if kind == "index":
-        return _read_sharded(path)
+        return _read_sharded(source)
     if kind != "safetensors":
-        raise ValueError(f"{path}: not a safetensors file or index")
-    return _read_single(path)
+        raise ValueError(f"{source.path}: not a safetensors file or index")
+    return _read_single(source)
 
 
 def parse_header(text: bytes, path: str, data_bytes: int, *, gaps: bool = False) -> tuple[dict[str, Tensor], dict]:
@@ -77,14 +80,15 @@ def parse_header(text: bytes, path: str, data_bytes: int, *, gaps: bool = False)
     return tensors, metadata
 
 
-def _read_single(path: str) -> Catalogue:
-    part, tensors, metadata = _read_part(path)
-    return Catalogue(path, (part,), tensors, metadata)
+def _read_single(source: Source) -> Catalogue:
+    part, tensors, metadata = _read_part(source)
+    return Catalogue(source.path, (part,), tensors, metadata)
 
 
-def _read_part(path: str) -> tuple[Part, dict[str, Tensor], dict]:
-    with open(path, "rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
+def _read_part(source: Source) -> tuple[Part, dict[str, Tensor], dict]:
+    path = source.path
+    with source.open() as file:
+        file_bytes = source.size_of(file)
         if file_bytes < 8:
             raise ValueError(f"{path}: truncated: {file_bytes} bytes, a safetensors file begins with a length of 8")
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -97,13 +101,15 @@ def _read_part(path: str) -> tuple[Part, dict[str, Tensor], dict]:
         raise ValueError(f"{path}: the header must begin with '{{', not with {text[:8]!r}")
     data_bytes = file_bytes - 8 - header_bytes
     tensors, metadata = parse_header(text, path, data_bytes)
-    return Part(path, 8 + header_bytes, data_bytes), tensors, metadata
+    return Part(source, 8 + header_bytes, data_bytes), tensors, metadata
 
 
-def _read_sharded(path: str) -> Catalogue:
-    if os.path.getsize(path) > HEADER_BYTES_MAX:
-        raise ValueError(f"{path}: index of {os.path.getsize(path)} bytes, at most {HEADER_BYTES_MAX} are taken")
-    with open(path, "rb") as file:
+def _read_sharded(source: Source) -> Catalogue:
+    path = source.path
+    with source.open() as file:
+        file_bytes = source.size_of(file)
+        if file_bytes > HEADER_BYTES_MAX:
+            raise ValueError(f"{path}: index of {file_bytes} bytes, at most {HEADER_BYTES_MAX} are taken")
         index = _load_json(file.read(), path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
@@ -113,9 +119,9 @@ def _read_sharded(path: str) -> Catalogue:
     shards: list[dict[str, Tensor]] = []
     tensors: dict[str, Tensor] = {}
     for name, file_name in weight_map.items():
-        shard_path = _shard_path(path, file_name)
+        _check_shard_name(path, file_name)
         if file_name not in numbers:
-            part, shard, _ = _read_part(shard_path)
+            part, shard, _ = _read_part(source.beside(file_name))
             numbers[file_name] = len(parts)
             parts.append(part)
             shards.append(shard)
@@ -126,11 +132,10 @@ def _read_sharded(path: str) -> Catalogue:
     return Catalogue(path, tuple(parts), tensors, metadata)
 
 
-def _shard_path(index_path: str, file_name: Any) -> str:
+def _check_shard_name(index_path: str, file_name: Any) -> None:
     # An index may come from anywhere; its shards lie beside it and nowhere else.
     if not isinstance(file_name, str) or file_name in ("", ".", "..") or os.path.basename(file_name) != file_name:
         raise ValueError(f"{index_path}: weight_map names {file_name!r}, which is no file beside the index")
-    return os.path.join(os.path.dirname(index_path), file_name)
 
 
 def _model_in(directory: str) -> str:
