@@ -61,9 +61,10 @@ def open(
 
     A mapping opens each shard's region when a tensor of it is asked for first; ``.metadata`` holds the file's own
     metadata, of a zarr group its attributes. Tensors of types that numpy lacks (BF16, F8_E4M3, F8_E5M2, ...) need the
-    package ml_dtypes; without it the access to such a key raises TypeError, other keys are not affected. A tensor whose offset in the file is no
-    multiple of its item size is a correct, but unaligned array (``flags.aligned`` is False): numpy computes with it
-    through copies, and libraries that insist on aligned data copy it whole. `pack` aligns every tensor.
+    package ml_dtypes; without it the access to such a key raises TypeError, other keys are not affected. A tensor
+    whose offset in the file is no multiple of its item size is a correct, but unaligned array (``flags.aligned`` is
+    False): numpy computes with it through copies, and libraries that insist on aligned data copy it whole. `pack`
+    aligns every tensor.
 
     When `numpy.memmap` is faster: a raw ``.npy`` or ``.safetensors`` on a local disk, opened only to be read. The
     kernel maps a page that is cached for a twentieth of what a fault served from user space costs. Open such files
