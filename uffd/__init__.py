@@ -8,10 +8,9 @@ do.
 from __future__ import annotations
 
 import os
-import sys
 from importlib import metadata
 
-from .errors import DegradedWarning, ProviderError, RegionClosed, UffdError, Unavailable
+from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, UffdError, Unavailable
 from .probe import Capabilities, probe
 
 try:
@@ -32,17 +31,15 @@ def _refuse_the_other_uffd() -> None:
 
 _refuse_the_other_uffd()
 
-if sys.platform.startswith("linux"):
-    from . import providers
-    from .engine import Engine, default_engine
-    from .formats import open, pack
-    from .region import Prefetch, Region, chunks, from_provider, pinned, populate, prefetch, region_of
-    from .stats import LatencyHistogram, Stats
-else:
-    def __getattr__(name: str) -> object:
-        if name in __all__:
-            raise Unavailable(f"uffd.{name} needs Linux's userfaultfd; this is {sys.platform}")
-        raise AttributeError(name)
+# Elsewhere than on Linux all of this can be imported, too: regions are Unavailable there, or filled whole (eager.py).
+from . import eager as _eager  # noqa: E402, F401 (now: who drops privileges later may find no file)
+from . import providers  # noqa: E402
+from .engine import Engine, default_engine  # noqa: E402
+from .formats import open, pack  # noqa: E402
+from .region import (  # noqa: E402
+    Prefetch, Region, chunks, from_provider, pinned, populate, prefetch, region_of,
+)
+from .stats import LatencyHistogram, Stats  # noqa: E402
 
 
 def get_include() -> str:
@@ -51,7 +48,7 @@ def get_include() -> str:
 
 
 __all__ = [
-    "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "ProviderError", "Region",
-    "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine", "from_provider", "get_include",
-    "open", "pack", "pinned", "populate", "prefetch", "probe", "providers", "region_of",
+    "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "ProviderError",
+    "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine", "from_provider",
+    "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe", "providers", "region_of",
 ]

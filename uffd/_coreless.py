@@ -20,6 +20,7 @@ reason: str | None = None
 PAGE_BYTES = mmap.ALLOCATIONGRANULARITY if os.name == "nt" else mmap.PAGESIZE
 MAX_BLOCK = 16 << 20
 MAX_WORKERS_BASE = 64
+MAX_HOST_COUNT = 8
 JOB_PREFETCH, JOB_POPULATE = 0, 1
 STATES = {"missing": 0, "filling": 1, "clean": 2, "unprotecting": 3, "dirty": 4, "poisoned": 5}
 COUNTER_NAMES = ("faults_read", "faults_write", "faults_wp", "blocks_demand", "blocks_readahead", "blocks_prefetch",
@@ -117,6 +118,6 @@ else:
         reason = f"userfaultfd is a call of Linux, and this is {sys.platform}"
     else:
         try:
-            from . import _core as core
+            from . import _core as core  # noqa: F401
         except ImportError as error:
             reason = str(error)

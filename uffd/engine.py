@@ -146,7 +146,7 @@ def fills_whole(engine: Engine | None) -> bool:
         engine = _default
         if engine is None or engine.closed:
             return _falls_back(None)
-    return isinstance(engine, Engine) and engine.fills_whole
+    return engine.fills_whole if isinstance(engine, Engine) else _falls_back(None)
 
 
 def _falls_back(fallback: str | None) -> bool:

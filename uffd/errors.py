@@ -3,7 +3,7 @@ to do."""
 
 from __future__ import annotations
 
-__all__ = ["DegradedWarning", "ProviderError", "RegionClosed", "UffdError", "Unavailable"]
+__all__ = ["BudgetError", "DegradedWarning", "ProviderError", "RegionClosed", "UffdError", "Unavailable"]
 
 
 class UffdError(Exception):
@@ -33,6 +33,10 @@ class ProviderError(UffdError, OSError):
 
 class RegionClosed(UffdError, ValueError):
     """The region was closed; its arrays, if any live, still work."""
+
+
+class BudgetError(UffdError, MemoryError):
+    """More bytes would have to be resident than the budget has room for. The message names both, and what sets them."""
 
 
 class DegradedWarning(UserWarning):

@@ -63,6 +63,11 @@ USER_MODE_COST = (
     "tofile, f.write, send, readinto. Put such a call into `with uffd.pinned(view):`. Regions are delivered inline."
 )
 
+FALLBACK = (
+    "Regions are Unavailable. With UFFD_FALLBACK=eager in the environment, or uffd.Engine(fallback='eager'), they are "
+    "filled whole when they are made, and must fit into memory."
+)
+
 
 @dataclass(frozen=True)
 class Way:
@@ -259,6 +264,8 @@ def _report(found: Capabilities):
     yield f"mode: {found.mode} ({found.reason or MODE_TEXT[found.mode]})"
     if found.mode == "user":
         yield USER_MODE_COST
+    if found.mode == "none":
+        yield FALLBACK
     yield "\nways to open a userfaultfd"
     for way in found.ways:
         yield f"  {way.name:<13} {'yes' if way.opened else way.errno_name:<7} {way.what}"

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .._coreless import core as _core
+from .._coreless import reason as _no_core
 from ..errors import UffdError
 
 __all__ = ["Blosc2File", "File", "Memory", "Native", "Zero"]
@@ -81,6 +82,7 @@ class Memory(_NativeProvider):
                 flat = buffer.reshape(-1, order="C" if buffer.flags.c_contiguous else "F")
                 buffer = flat.view(np.uint8)     # dtypes that the buffer protocol does not know (dates, bfloat16)
         self._made = _core.Filler.memory(buffer)
+        self._buffer = buffer
         self.nbytes = self._made.nbytes
         self.title = f"Memory({self.nbytes} bytes)"
 
@@ -96,8 +98,9 @@ class File(_NativeProvider):
     def __init__(self, path: str | os.PathLike[str], offset: int = 0, *, direct: bool = False) -> None:
         offset = operator.index(offset)
         name = os.fspath(path)
-        # O_NONBLOCK: opening a FIFO would wait for a writer
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if direct else 0))
+        # O_NONBLOCK: opening a FIFO would wait for a writer. Not all systems have each of them; Windows has O_BINARY.
+        wanted = ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY", *(("O_DIRECT",) if direct else ()))
+        fd = os.open(name, functools.reduce(operator.or_, (getattr(os, flag, 0) for flag in wanted), os.O_RDONLY))
         try:
             kind = os.fstat(fd).st_mode
             if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
@@ -111,6 +114,7 @@ class File(_NativeProvider):
             os.close(fd)
             raise
         self.nbytes = size - offset
+        self._fd, self._offset, self._direct = fd, offset, bool(direct)          # the Filler closes it
         self._recipe = ((os.path.abspath(os.fsdecode(name)), offset), {"direct": bool(direct)})
         self.title = f"File({Path(name).name!r}{f', offset={offset}' if offset else ''})"
 
@@ -128,10 +132,14 @@ class Blosc2File(_NativeProvider):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
-        name = os.fspath(path)
-        self._made = _core.Filler.blosc2(os.fsencode(_blosc2_library()), os.fsencode(name), operator.index(offset))
-        self._recipe = ((os.path.abspath(os.fsdecode(name)),), {"offset": operator.index(offset)})
-        info = self._made.info
+        name, offset = os.fspath(path), operator.index(offset)
+        self._place = os.path.abspath(os.fsdecode(name)), offset
+        if _no_core is None:
+            self._made = _core.Filler.blosc2(os.fsencode(_blosc2_library()), os.fsencode(name), offset)
+            info = self._made.info
+        else:
+            self._made, info = _frame_told_by_its_package(*self._place)
+        self._recipe = (self._place[:1], {"offset": offset})
         self.nbytes = self._made.nbytes
         self.chunk_bytes: int = info["chunk_bytes"]
         self.block_bytes: int = info["block_bytes"]
@@ -160,6 +168,7 @@ class Native(_NativeProvider):
         address, context = _function_address(function)
         data, kept = (context, None) if user_data is None else _data_address(user_data)
         self._made = _core.Filler.native_pointer(address, data, bool(inline_safe), (function, user_data, kept))
+        self._address, self._data = address, data
         name = getattr(function, "__name__", type(function).__name__)
         self.title = f"Native({name})"
 
@@ -173,6 +182,20 @@ def _blosc2_library() -> str:
         for library in sorted(Path(folder).glob("**/libblosc2.so*")):
             return str(library)
     raise UffdError("the installed blosc2 package ships no libblosc2.so; its wheels do")
+
+
+def _frame_told_by_its_package(path: str, offset: int) -> tuple[_core.Filler, dict[str, Any]]:
+    """Where there is no extension: (what stands in for a Filler, its info)."""
+    from .._plain import open_frame
+
+    opened = open_frame(path, offset)
+    schunk = getattr(opened, "schunk", opened)
+    shape = tuple(opened.shape) if schunk is not opened else ()
+    info = {"chunk_bytes": schunk.chunksize, "block_bytes": schunk.blocksize, "typesize": schunk.typesize,
+            "chunks": schunk.nchunks, "linear": len(shape) < 2, "shape": shape}
+    nbytes = opened.dtype.itemsize * int(np.prod(shape, dtype=object)) if schunk is not opened else schunk.nbytes
+    stand_in: Any = _core.Filler
+    return stand_in("blosc2", nbytes), info
 
 
 def _function_address(function: Any) -> tuple[int, int]:

@@ -1,0 +1,333 @@
+"""Providers read plainly: in this process, by Python, without the extension. For eager.py."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import operator
+import os
+import sys
+import threading
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import numpy as np
+
+from . import providers
+from .errors import UffdError
+
+__all__ = ["Source", "source_of", "traceback_of", "words_of"]
+
+_TRACEBACK_CHARS = 8192
+_SLAB_BYTES = 64 << 20              # of a Blosc2 array decoded at once, unless a row of it is larger
+_CANARY_BYTES = 8
+_MANY = 16                          # requests for one call of read_many
+
+Request = tuple[int, np.ndarray]    # offset, and a view of the region's memory to be filled whole
+Offer = Callable[[int, np.ndarray], bool]
+
+
+class NotFilled(UffdError, OSError):
+    """A provider answered in a way that can't be right."""
+
+
+class Source:
+    """A provider being read. `open` may be called again; `read` fills every request whole or raises."""
+
+    nbytes: int | None = None
+    is_zero = False                 # there is nothing to read
+    batch = 1                       # requests that one `read` makes good use of
+
+    def begin(self, offer: Offer) -> None:
+        """Before all else. offer(offset, bytes): takes what nobody asked for yet."""
+
+    def open(self) -> None: ...
+
+    def read(self, requests: list[Request]) -> None:
+        for offset, out in requests:
+            self.fill(offset, out)
+
+    def fill(self, offset: int, out: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def source_of(provider: Any) -> Source:
+    """How to read it; TypeError for what is no provider."""
+    for kind, source in _SOURCES:
+        if isinstance(provider, kind):
+            return source(provider)
+    if callable(getattr(provider, "read", None)) or (callable(provider) and not isinstance(provider, type)):
+        return _PythonSource(provider)
+    raise TypeError(f"{type(provider).__name__} is no provider; see uffd.providers")
+
+
+def words_of(error: Exception, number: int) -> str:
+    """What went wrong, for the end of a sentence."""
+    if isinstance(error, NotFilled):
+        return str(error.args[1])
+    plain = os.strerror(number)
+    if isinstance(error, OSError):
+        return plain if error.strerror in (None, plain) else f"{plain} ({error.strerror})"
+    return f"{type(error).__name__}: {error}"
+
+
+def traceback_of(error: Exception, provider: Any) -> str | None:
+    """The text of an exception in Python code of a provider, cut from its front; None for native ones."""
+    if isinstance(error, NotFilled) or isinstance(provider, tuple(kind for kind, _ in _SOURCES)):
+        return None
+    return "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
+
+
+# Providers that need no Python elsewhere -----------------------------------------------------------------------------
+
+
+class _Zero(Source):
+    is_zero = True
+
+    def __init__(self, provider: providers.Zero) -> None:
+        pass
+
+
+class _Memory(Source):
+    def __init__(self, provider: providers.Memory) -> None:
+        self.nbytes = provider.nbytes
+        flat = np.asarray(provider._buffer)      # of any strides; its bytes as they lie in memory
+        self._bytes = flat.reshape(-1, order="A").view(np.uint8)
+
+    def fill(self, offset: int, out: np.ndarray) -> None:
+        out[:] = self._bytes[offset:offset + len(out)]
+
+
+class _File(Source):
+    def __init__(self, provider: providers.File) -> None:
+        self.nbytes, self._offset, self._provider = provider.nbytes, provider._offset, provider
+        self._fd, self._own = provider._fd, False
+        if provider._direct and os.path.isdir("/proc/self/fd"):  # O_DIRECT is particular about addresses and sizes
+            self._fd, self._own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC), True
+
+    def fill(self, offset: int, out: np.ndarray) -> None:
+        view, at = memoryview(cast(Any, out)), offset + self._offset
+        while view:
+            done = _read_at(self._fd, view, at)
+            if done == 0:
+                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            view, at = view[done:], at + done
+
+    def close(self) -> None:
+        if self._own:
+            os.close(self._fd)
+
+
+_seek_lock = threading.Lock()
+
+
+def _read_at(fd: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    with _seek_lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(view))
+    view[:len(data)] = data
+    return len(data)
+
+
+class _Native(Source):
+    def __init__(self, provider: providers.Native) -> None:
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t)
+        self._function, self._data, self._provider = kind(provider._address), provider._data, provider
+
+    def fill(self, offset: int, out: np.ndarray) -> None:
+        answer = self._function(self._data or None, offset, out.__array_interface__["data"][0], len(out))
+        if answer:
+            raise OSError(abs(answer), os.strerror(abs(answer)))
+
+
+class _Blosc2File(Source):
+    """By the blosc2 package, in slabs: a chunk, or for an array the rows that chunks share; the last one is kept."""
+
+    def __init__(self, provider: providers.Blosc2File) -> None:
+        self.nbytes = provider.nbytes
+        self._opened = open_frame(*provider._place)
+        self._is_array = hasattr(self._opened, "schunk")
+        if self._is_array and self._opened.ndim:
+            row_bytes = max(1, self._opened.dtype.itemsize * int(np.prod(self._opened.shape[1:], dtype=object)))
+            self._rows = max(1, min(self._opened.chunks[0], _SLAB_BYTES // row_bytes))
+            self._slab_bytes = self._rows * row_bytes
+        else:
+            self._slab_bytes = max(1, self._opened.dtype.itemsize if self._is_array else self._opened.chunksize)
+        self._kept: tuple[int, np.ndarray] = (-1, np.zeros(0, np.uint8))
+
+    def fill(self, offset: int, out: np.ndarray) -> None:
+        done = 0
+        while done < len(out):
+            index, start = divmod(offset + done, self._slab_bytes)
+            piece = self._slab(index)[start:start + len(out) - done]
+            if not len(piece):
+                raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
+            out[done:done + len(piece)] = piece
+            done += len(piece)
+
+    def _slab(self, index: int) -> np.ndarray:
+        if self._kept[0] != index:
+            self._kept = index, self._decoded(index)
+        return self._kept[1]
+
+    def _decoded(self, index: int) -> np.ndarray:
+        try:
+            if not self._is_array:
+                return np.frombuffer(self._opened.decompress_chunk(index), np.uint8)
+            key: Any = slice(index * self._rows, (index + 1) * self._rows) if self._opened.ndim else ()
+            return np.ascontiguousarray(self._opened[key]).reshape(-1).view(np.uint8)
+        except (RuntimeError, ValueError) as error:          # the library has no exception type of its own
+            raise OSError(errno.EBADMSG, f"{os.strerror(errno.EBADMSG)}: {error}") from error
+
+
+def open_frame(path: str, offset: int) -> Any:
+    """An NDArray or SChunk of the blosc2 package. ImportError; OSError as Blosc2File."""
+    try:
+        import blosc2
+    except ImportError as error:
+        raise ImportError('Blosc2 files need the blosc2 package: pip install "pyuffd[blosc2]"') from error
+    with open(path, "rb") as file:
+        readable = len(file.read(1))
+    try:
+        return blosc2.open(path, mode="r", offset=offset)
+    except Exception as error:
+        number = errno.EBADMSG if readable else errno.EIO
+        raise OSError(number, f"{os.strerror(number)}: {error}", path) from error
+
+
+# Providers in Python -------------------------------------------------------------------------------------------------
+
+
+class _PythonSource(Source):
+    """A Provider, or a function of (offset, out). It fills buffers of our own, whose bytes are then copied: one that
+    keeps `out` and writes to it later reaches nothing."""
+
+    def __init__(self, provider: Any) -> None:
+        self._provider = provider
+        self._read: Any = getattr(provider, "read", provider)
+        self._read_many: Any = getattr(provider, "read_many", None)
+        self._is_open = False
+        self._pool: ThreadPoolExecutor | None = None
+        self._buffers: deque[mmap.mmap] = deque()
+
+    @property
+    def nbytes(self) -> int | None:                  # type: ignore[override]
+        found = getattr(self._provider, "nbytes", None)
+        return None if found is None else operator.index(found)
+
+    def begin(self, offer: Offer) -> None:
+        self._session(_Offers(offer))
+
+    def open(self) -> None:
+        if self._is_open:
+            return
+        getattr(self._provider, "open", _nothing)()
+        self._is_open = True
+        threads = operator.index(getattr(self._provider, "concurrency", 1))
+        self.batch = _MANY if self._read_many is not None else max(1, threads)
+        if threads > 1 and self._read_many is None:
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="uffd-provider")
+
+    def read(self, requests: list[Request]) -> None:
+        if self._read_many is not None and len(requests) > 1:
+            self._filled(requests, lambda pairs: _refuse_answer(self._read_many(pairs), None))
+        elif self._pool is not None and len(requests) > 1:
+            for _ in self._pool.map(lambda request: self.read([request]), requests):
+                pass
+        else:
+            for request in requests:
+                self._filled([request], lambda pairs: _refuse_answer(self._read(*pairs[0]), len(pairs[0][1])))
+
+    def _filled(self, requests: list[Request], call: Callable[[list[Request]], None]) -> None:
+        buffers = [self._buffer(len(out)) for _, out in requests]
+        before = [sys.getrefcount(buffer) for buffer in buffers]
+        canary = np.frombuffer(os.urandom(_CANARY_BYTES), np.uint8)
+        pairs = [(offset, np.frombuffer(buffer, np.uint8, len(out)))
+                 for (offset, out), buffer in zip(requests, buffers, strict=True)]
+        for _, made in pairs:
+            for tail in _page_tails(made):
+                tail[:] = canary[:len(tail)]
+        call([(offset, made) for offset, made in pairs])
+        for (offset, out), (_, made) in zip(requests, pairs, strict=True):
+            if any(np.array_equal(tail, canary[:len(tail)]) for tail in _page_tails(made) if len(tail) > 2):
+                raise NotFilled(errno.EIO, f"not filled whole: bytes of the {len(out)} at offset {offset} were left as "
+                                           "they were")
+            out[:] = made
+        del pairs, made
+        for buffer, count in zip(buffers, before, strict=True):
+            if sys.getrefcount(buffer) <= count:     # else the provider has kept it, and may have it
+                self._buffers.append(buffer)
+
+    def _buffer(self, nbytes: int) -> mmap.mmap:
+        try:
+            kept = self._buffers.popleft()
+        except IndexError:
+            return mmap.mmap(-1, nbytes)
+        return kept if len(kept) >= nbytes else mmap.mmap(-1, nbytes)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        try:
+            if self._is_open:
+                getattr(self._provider, "close", _nothing)()
+        except Exception as error:
+            warnings.warn(f"{type(self._provider).__name__}.close() failed: {type(error).__name__}: {error}",
+                          RuntimeWarning, stacklevel=4)
+        finally:
+            self._session(None)
+
+    def _session(self, session: _Offers | None) -> None:
+        if hasattr(type(self._provider), "offer"):
+            self._provider._session = session
+
+
+class _Offers:
+    """What `Provider.offer` hands its blocks to."""
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+
+    def offer(self, offset: int, data: Any) -> bool:
+        flat = np.ascontiguousarray(data) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+        return self._offer(operator.index(offset), flat.reshape(-1).view(np.uint8))
+
+    def offer_rows(self, offset: int, step: int, rows: Any) -> bool:
+        taken = [self._offer(operator.index(offset) + i * step, row) for i, row in enumerate(np.asarray(rows))]
+        return any(taken)
+
+
+def _page_tails(made: np.ndarray) -> Iterable[np.ndarray]:
+    """The last bytes of each page of a buffer, the last page being as long as it is."""
+    for stop in [*range(mmap.PAGESIZE, len(made), mmap.PAGESIZE), len(made)]:
+        yield made[max(stop - _CANARY_BYTES, (stop - 1) // mmap.PAGESIZE * mmap.PAGESIZE):stop]
+
+
+def _refuse_answer(answer: Any, nbytes: int | None) -> None:
+    if answer is None:
+        return
+    try:
+        filled = operator.index(answer)
+    except TypeError:
+        raise NotFilled(errno.EIO, f"wrong type: read returned a {type(answer).__name__}; it fills `out` in place and "
+                                   "returns None, or how many bytes it filled") from None
+    if nbytes is not None and filled != nbytes:
+        raise NotFilled(errno.EIO, f"short fill: read filled {filled} bytes of {nbytes}; `out` is to be filled whole")
+
+
+def _nothing() -> None:
+    pass
+
+
+_SOURCES: tuple[tuple[Any, Any], ...] = (
+    (providers.Zero, _Zero), (providers.Memory, _Memory), (providers.File, _File),
+    (providers.Blosc2File, _Blosc2File), (providers.Native, _Native),
+)
