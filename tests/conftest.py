@@ -32,7 +32,7 @@ def import_the_installed_package():
 
 import_the_installed_package()
 
-from support import leaks, matrix, native, scripts, shim  # noqa: E402
+from support import fallback, leaks, matrix, native, scripts, shim  # noqa: E402
 from support.pattern import stress_seconds  # noqa: E402
 
 DEFAULT_DEADLINE_S = 60.0
@@ -80,6 +80,15 @@ def pytest_unconfigure(config):
         config.uffd_watchdog.close()
         faulthandler.unregister(signal.SIGUSR1)
         config.uffd_stderr.close()
+
+
+def pytest_report_header():
+    if matrix.filled_whole():
+        return f"fallback: no userfaultfd; left out are {len(fallback.LEFT_OUT)} tests that can't hold (-rs says why)"
+
+
+def pytest_collection_modifyitems(items):
+    fallback.skip_what_cannot_hold(items)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -202,7 +202,8 @@ def test_importing_starts_no_thread_and_opens_nothing():
 
 
 ELSEWHERE = """
-import sys, numpy
+import os, sys, numpy
+os.environ.pop("UFFD_FALLBACK", None)
 sys.platform = "darwin"
 sys.modules["uffd._core"] = None
 import uffd

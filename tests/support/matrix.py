@@ -17,6 +17,11 @@ def opened():
     return None, 0
 
 
+def filled_whole():
+    """True in the run of the fallback: no userfaultfd can be had, and regions are filled when they are made."""
+    return os.environ.get("UFFD_FALLBACK") == "eager" and opened()[0] is None
+
+
 def full_mode():
     """True if kernel accesses to missing pages are served here (not USER_MODE_ONLY)."""
     return opened()[0] in ("device", "syscall")
@@ -45,6 +50,8 @@ class Where:
 
     def unavailable(self):
         """Why this kernel or user can't have it, or None."""
+        if filled_whole():
+            return None
         if opened()[0] is None:
             return "no userfaultfd to be had: see `python -m uffd probe`"
         lacking = missing_feature(*self.features)
@@ -60,6 +67,10 @@ WHERES = (
     Where("inline", "anon", ("SIGBUS",)),
     Where("inline", "shared", ("SIGBUS", "MISSING_SHMEM")),
 )
+
+
+if filled_whole():
+    WHERES = WHERES[:1]  # delivery and backing mean nothing then
 
 
 def where_from_environment():
