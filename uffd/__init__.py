@@ -1,5 +1,5 @@
-"""Memory externalization for Python: numpy arrays whose pages come on first touch, from files, compressed files, memory
-or compiled functions, served in user space by Linux userfaultfd.
+"""Memory externalization for Python: numpy arrays whose pages come on first touch, from files, compressed files, memory,
+compiled functions or any function of Python, served in user space by Linux userfaultfd.
 
 Start with `open` (a file), `from_provider` (an array over a provider) or `Region`; `probe` says what this machine can
 do.
@@ -36,6 +36,7 @@ from . import eager as _eager  # noqa: E402, F401 (now: who drops privileges lat
 from . import providers  # noqa: E402
 from .engine import Engine, default_engine  # noqa: E402
 from .formats import open, pack  # noqa: E402
+from .providers.hosted import Provider  # noqa: E402
 from .region import (  # noqa: E402
     Prefetch, Region, chunks, from_provider, pinned, populate, prefetch, region_of,
 )
@@ -48,7 +49,8 @@ def get_include() -> str:
 
 
 __all__ = [
-    "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "ProviderError",
-    "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine", "from_provider",
-    "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe", "providers", "region_of",
+    "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "Provider",
+    "ProviderError", "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine",
+    "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe", "providers",
+    "region_of",
 ]

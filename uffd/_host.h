@@ -138,6 +138,7 @@ struct host_start {
     char *const *envp;
     int keep[2];                                 /* the descriptors that it gets, besides 0, 1 and 2 */
     int with_terminal;                           /* it is being debugged */
+    int error;                                   /* of exec; written in our memory by the child */
 };
 
 /* Runs in the memory of the thread that starts it, which sleeps until exec: nothing but system calls. Signals stay
@@ -153,26 +154,39 @@ static int host_exec(void *argument)
     for (int i = 0; i < 2; i++)
         fcntl(s->keep[i], F_SETFD, 0);
     execve(s->argv[0], s->argv, s->envp);
+    s->error = errno;
     _exit(127);
 }
 
-/* A child that sends no SIGCHLD and that no wait() of the program finds: it is ours alone. The pid, or -errno. */
+/* A child like any other once it has called exec: the program may see its SIGCHLD, and may reap it. The pid, or
+ * -errno. */
 static inline int host_spawn(struct host_start *s)
 {
     enum { STACK = 64 * 1024 };
     char *stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     if (stack == MAP_FAILED)
         return -errno;
-    int pid = clone(host_exec, stack + STACK, CLONE_VM | CLONE_VFORK, s);
-    int error = errno;
+    s->error = 0;
+    int pid = clone(host_exec, stack + STACK, CLONE_VM | CLONE_VFORK | SIGCHLD, s);
+    int error = pid < 0 ? errno : s->error;
     munmap(stack, STACK);
-    return pid < 0 ? -error : pid;
+    if (pid > 0 && error)
+        waitpid(pid, NULL, 0);
+    return error ? -error : pid;
 }
 
 /* Whether the host has ended; *status as of wait(). */
 static inline int host_reap(int pid, int *status)
 {
-    return waitpid(pid, status, WNOHANG | __WALL) != 0;     /* ECHILD: somebody reaped it in spite of all */
+    return waitpid(pid, status, WNOHANG) != 0;   /* ECHILD: the program waited for any child, and it was this one */
+}
+
+/* By its pidfd where there is one: the number may belong to another process once the program has reaped it. */
+static inline void host_kill(int pid, int pidfd)
+{
+    if (pidfd < 0 || syscall(424 /* pidfd_send_signal, 5.1 */, pidfd, SIGKILL, NULL, 0u) != 0)
+        if (pidfd < 0 || errno == ENOSYS || errno == EPERM)
+            kill(pid, SIGKILL);
 }
 
 static inline int sys_pidfd(int pid)

@@ -89,7 +89,7 @@ cdef bint hosts_look(Engine_t *e) noexcept nogil:
         if h.pid > 0:
             control_read(h)
             if u32_load(&h.kill_generation) == h.channel.generation:
-                kill(h.pid, SIGKILL)
+                host_kill(h.pid, h.pidfd)
                 soon = True
             if u32_load(&h.state) != HOST_UP:
                 soon = True
@@ -194,7 +194,7 @@ cdef void host_ended(Host_t *h, int status) noexcept nogil:
     if not u32_load(&h.engine.stopping):
         say_host(h, b" did not answer in time and was stopped" if killed else b" has ended unasked", 0)
     h.pid = 0
-    if not ready:
+    if not ready and status & 127 != SIGKILL:   # killed from outside says nothing about its ability to start
         host_failed(h, -ECHILD)
     for i in range(HOST_REQUESTS):
         word = u32_load(&ch.request[i].word)
@@ -219,6 +219,8 @@ cdef void say_host(Host_t *h, const char *what, int err) noexcept nogil:
         line_text(&l, b")")
     line_text(&l, what)
     if err != 0 and err != -ECHILD:
+        line_text(&l, h.engine.hosts.argv[0])
+        line_text(&l, b": ")
         line_errno(&l, -err)
     elif err != 0:
         line_text(&l, b"it ended before it was ready, each time; what it printed stands above")
@@ -268,7 +270,7 @@ cdef void hosts_stop(Engine_t *e) noexcept nogil:
             elif h.pid > 0:
                 left = True
                 if now_ns() > deadline:
-                    kill(h.pid, SIGKILL)
+                    host_kill(h.pid, h.pidfd)
         if left:
             poll(NULL, 0, 2)
 

@@ -136,6 +136,9 @@ cdef class HostEnd:
         b.nbytes = <Py_ssize_t>q.nbytes
         self.buffers[slot] = b
         end = q.nbytes
+        if q.in_place:
+            with nogil:                     # mapped in one go; a kernel before 5.14 faults page by page
+                madvise(b.start, page_round(end), 23)       # MADV_POPULATE_WRITE
         page = 0
         while page < end:
             canary_put(b.start + page, PAGE if end - page > PAGE else end - page, self.canary + page)

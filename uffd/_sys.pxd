@@ -104,7 +104,6 @@ cdef extern from "_sys.h" nogil:
     int fallocate(int fd, int mode, int64_t offset, int64_t len) noexcept
     int ftruncate(int fd, int64_t len) noexcept
     int close(int fd) noexcept
-    int kill(int pid, int signal) noexcept
     int shutdown(int fd, int how) noexcept
     int SIGKILL, MAP_SHARED
     int64_t pread(int fd, void *block, size_t nbytes, int64_t offset) noexcept
@@ -197,6 +196,7 @@ cdef extern from "_host.h" nogil:
     int host_receive(int socket_fd, host_message *m, int *fd, int flags) noexcept
     int host_spawn(host_start *s) noexcept
     bint host_reap(int pid, int *status) noexcept
+    void host_kill(int pid, int pidfd) noexcept
     int sys_pidfd(int pid) noexcept
     int host_sockets(int *pair) noexcept
     void futex_wait_shared(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept

@@ -1,5 +1,9 @@
-"""Native providers: where a region's bytes come from, without the interpreter lock. One instance may serve any number
-of regions."""
+"""Where a region's bytes come from.
+
+Native providers (Zero, Memory, File, Blosc2File, Native) run in the engine's own threads, without the interpreter lock;
+one instance may serve any number of regions. Fsspec, Zarr and whatever is derived from uffd.Provider run in the
+provider host, another process; one instance serves one region.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,10 @@ import numpy as np
 from .._coreless import core as _core
 from .._coreless import reason as _no_core
 from ..errors import UffdError
+from .remote import Fsspec
+from .zarrs import Zarr
 
-__all__ = ["Blosc2File", "File", "Memory", "Native", "Zero"]
+__all__ = ["Blosc2File", "File", "Fsspec", "Memory", "Native", "Zarr", "Zero"]
 
 
 _fillers_lock = threading.Lock()
