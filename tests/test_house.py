@@ -174,6 +174,11 @@ MAY_ALLOCATE = {
     "region_unmap": "a region is closed, and nobody serves it any more",
     "child_make_private": "a forked child, before its first touch",
     "job_release": "a prefetch is over; no lock of malloc is ever held while memory of a region is touched",
+    "session_begin": "a region over a provider in Python is made",
+    "session_end": "such a region is closed",
+    "hosts_free": "an engine is gone, with its hosts",
+    "map_window": "in the provider host, which serves no faults",
+    "make_private": "in the provider host, which serves no faults",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"

@@ -1,5 +1,5 @@
-"""Memory externalization for Python: numpy arrays whose pages come on first touch, from files, compressed files, memory,
-compiled functions or any function of Python, served in user space by Linux userfaultfd.
+"""Memory externalization for Python: numpy arrays whose pages come on first touch, served in user space by Linux
+userfaultfd: from files, compressed files, memory, compiled functions, or any function of Python.
 
 Start with `open` (a file), `from_provider` (an array over a provider) or `Region`; `probe` says what this machine can
 do.

@@ -131,7 +131,7 @@ static inline int host_receive(int socket_fd, struct host_message *m, int *fd, i
     return n == (ssize_t)sizeof *m ? 1 : -EPROTO;
 }
 
-/* ---- the process -------------------------------------------------------------------------------------------------- */
+/* ---- the process ------------------------------------------------------------------------------------------------- */
 
 struct host_start {
     char *const *argv;

@@ -325,7 +325,7 @@ cdef int host_fill(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) noexc
 
 
 cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ever) noexcept nogil:
-    """Waits for the answer to what was posted: its error number, -ETIMEDOUT, or -ECONNRESET when the host died too often.
+    """Waits for the answer to what was posted: its error number, -ETIMEDOUT, or -ECONNRESET when hosts died too often.
 
     A late request that the host has not taken is taken back; for one that it has taken the host is killed: a thread
     of Python can't be ended, and the buffer is not ours before that.
@@ -377,7 +377,7 @@ cdef bint host_unpost(Carrier *k, uint32_t word) noexcept nogil:
 # ---- the host's own words about a failure -----------------------------------------------------------------------
 
 cdef enum:
-    TEXT_BYTES = 4096 - 16
+    TEXT_BYTES = 4080                       # 64 blocks' texts are a quarter of a megabyte, and only if they fail
 
 cdef struct Text:                           # of a failed block; beside Region_t.error, by the same index
     uint64_t block

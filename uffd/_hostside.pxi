@@ -7,7 +7,7 @@
 # away from it: private memory is put in the place of the shared, so that a late write reaches nobody's array.
 
 cdef enum:
-    HOST_SESSIONS = 4096                    # of one host at a time
+    HOST_SESSIONS = 1 << 12                 # of one host at a time
 
 cdef struct HostSession:
     uint64_t id                             # 0: free
@@ -504,7 +504,9 @@ cdef bint request_before(host_channel *ch, int i, int best) noexcept nogil:
 
 cdef bint request_take(host_channel *ch, int i) noexcept nogil:
     cdef uint32_t word = u32_load(&ch.request[i].word)
-    if word & REQ_STATE != REQ_POSTED or not u32_cas(&ch.request[i].word, word, word & ~<uint32_t>REQ_STATE | REQ_TAKEN):
+    if word & REQ_STATE != REQ_POSTED:
+        return False
+    if not u32_cas(&ch.request[i].word, word, word & ~<uint32_t>REQ_STATE | REQ_TAKEN):
         return False
     u64_and(&ch.posted, ~(<uint64_t>1 << i))
     return True

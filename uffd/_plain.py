@@ -20,6 +20,7 @@ import numpy as np
 
 from . import providers
 from .errors import UffdError
+from .providers import hosted
 
 __all__ = ["Source", "source_of", "traceback_of", "words_of"]
 
@@ -58,13 +59,11 @@ class Source:
 
 
 def source_of(provider: Any) -> Source:
-    """How to read it; TypeError for what is no provider."""
+    """How to read it: one of uffd.providers, or a Provider."""
     for kind, source in _SOURCES:
         if isinstance(provider, kind):
             return source(provider)
-    if callable(getattr(provider, "read", None)) or (callable(provider) and not isinstance(provider, type)):
-        return _PythonSource(provider)
-    raise TypeError(f"{type(provider).__name__} is no provider; see uffd.providers")
+    return _PythonSource(provider)
 
 
 def words_of(error: Exception, number: int) -> str:
@@ -207,46 +206,45 @@ def open_frame(path: str, offset: int) -> Any:
 
 
 class _PythonSource(Source):
-    """A Provider, or a function of (offset, out). It fills buffers of our own, whose bytes are then copied: one that
-    keeps `out` and writes to it later reaches nothing."""
+    """A Provider. It fills buffers of our own, whose bytes are then copied: one that keeps `out` and writes to it
+    later reaches nothing."""
 
-    def __init__(self, provider: Any) -> None:
+    def __init__(self, provider: hosted.Provider) -> None:
         self._provider = provider
-        self._read: Any = getattr(provider, "read", provider)
-        self._read_many: Any = getattr(provider, "read_many", None)
+        self._takes_many = hosted.overrides(provider, "read_many")
         self._is_open = False
         self._pool: ThreadPoolExecutor | None = None
         self._buffers: deque[mmap.mmap] = deque()
 
     @property
     def nbytes(self) -> int | None:                  # type: ignore[override]
-        found = getattr(self._provider, "nbytes", None)
+        found = self._provider.nbytes
         return None if found is None else operator.index(found)
 
     def begin(self, offer: Offer) -> None:
-        self._session(_Offers(offer))
+        self._provider._session = _Offers(offer)
 
     def open(self) -> None:
         if self._is_open:
             return
-        getattr(self._provider, "open", _nothing)()
+        self._provider.open()
         self._is_open = True
-        threads = operator.index(getattr(self._provider, "concurrency", 1))
-        self.batch = _MANY if self._read_many is not None else max(1, threads)
-        if threads > 1 and self._read_many is None:
+        threads = max(1, operator.index(self._provider.concurrency))
+        self.batch = _MANY if self._takes_many else threads
+        if threads > 1 and not self._takes_many:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="uffd-provider")
 
     def read(self, requests: list[Request]) -> None:
-        if self._read_many is not None and len(requests) > 1:
-            self._filled(requests, lambda pairs: _refuse_answer(self._read_many(pairs), None))
+        if self._takes_many:
+            self._filled(requests, self._provider.read_many)
         elif self._pool is not None and len(requests) > 1:
             for _ in self._pool.map(lambda request: self.read([request]), requests):
                 pass
         else:
             for request in requests:
-                self._filled([request], lambda pairs: _refuse_answer(self._read(*pairs[0]), len(pairs[0][1])))
+                self._filled([request], None)
 
-    def _filled(self, requests: list[Request], call: Callable[[list[Request]], None]) -> None:
+    def _filled(self, requests: list[Request], read_many: Callable[[list[Request]], Any] | None) -> None:
         buffers = [self._buffer(len(out)) for _, out in requests]
         before = [sys.getrefcount(buffer) for buffer in buffers]
         canary = np.frombuffer(os.urandom(_CANARY_BYTES), np.uint8)
@@ -255,11 +253,13 @@ class _PythonSource(Source):
         for _, made in pairs:
             for tail in _page_tails(made):
                 tail[:] = canary[:len(tail)]
-        call([(offset, made) for offset, made in pairs])
+        method = "read" if read_many is None else "read_many"
+        answer: Any = self._provider.read(*pairs[0]) if read_many is None else read_many(list(pairs))
+        _check_answer(method, answer, sum(len(made) for _, made in pairs))
         for (offset, out), (_, made) in zip(requests, pairs, strict=True):
             if any(np.array_equal(tail, canary[:len(tail)]) for tail in _page_tails(made) if len(tail) > 2):
-                raise NotFilled(errno.EIO, f"not filled whole: bytes of the {len(out)} at offset {offset} were left as "
-                                           "they were")
+                raise NotFilled(errno.EIO, f"not filled whole: {method}() returned, and of the {len(out)} bytes at "
+                                           f"offset {offset} some were left as they were")
             out[:] = made
         del pairs, made
         for buffer, count in zip(buffers, before, strict=True):
@@ -278,16 +278,12 @@ class _PythonSource(Source):
             self._pool.shutdown()
         try:
             if self._is_open:
-                getattr(self._provider, "close", _nothing)()
+                self._provider.close()
         except Exception as error:
             warnings.warn(f"{type(self._provider).__name__}.close() failed: {type(error).__name__}: {error}",
                           RuntimeWarning, stacklevel=4)
         finally:
-            self._session(None)
-
-    def _session(self, session: _Offers | None) -> None:
-        if hasattr(type(self._provider), "offer"):
-            self._provider._session = session
+            self._provider._session = None
 
 
 class _Offers:
@@ -311,20 +307,16 @@ def _page_tails(made: np.ndarray) -> Iterable[np.ndarray]:
         yield made[max(stop - _CANARY_BYTES, (stop - 1) // mmap.PAGESIZE * mmap.PAGESIZE):stop]
 
 
-def _refuse_answer(answer: Any, nbytes: int | None) -> None:
+def _check_answer(method: str, answer: Any, nbytes: int) -> None:
+    """None, or how many bytes it filled: all."""
     if answer is None:
         return
-    try:
-        filled = operator.index(answer)
-    except TypeError:
-        raise NotFilled(errno.EIO, f"wrong type: read returned a {type(answer).__name__}; it fills `out` in place and "
-                                   "returns None, or how many bytes it filled") from None
-    if nbytes is not None and filled != nbytes:
-        raise NotFilled(errno.EIO, f"short fill: read filled {filled} bytes of {nbytes}; `out` is to be filled whole")
-
-
-def _nothing() -> None:
-    pass
+    if isinstance(answer, bool) or not isinstance(answer, (int, np.integer)):
+        raise NotFilled(errno.EIO, f"wrong type: {method}() returned {type(answer).__name__}. It must fill `out` in "
+                                   "place (out[:] = ...) and return None, or the number of bytes it filled")
+    if answer != nbytes:
+        word = "short fill" if answer < nbytes else "wrong size"
+        raise NotFilled(errno.EIO, f"{word}: {method}() says that it filled {answer} of the {nbytes} bytes of `out`")
 
 
 _SOURCES: tuple[tuple[Any, Any], ...] = (

@@ -30,7 +30,7 @@ class Engine:
     workers: threads that serve faults, one per CPU this process may use when None, each bound to its CPU. They never
     hold the interpreter lock. When all of them are inside slow fills, others join for as long as that lasts.
     hosts: processes that providers written in Python run in, at most; started when the first is used. One runs as many
-    of its providers' calls at a time as they allow (`Provider.concurrency`), but like any Python it computes on one CPU:
+    calls of a provider at a time as it allows (`Provider.concurrency`), but like any Python it computes on one CPU:
     more hosts are for providers that compute. Each opens each provider.
     fallback: "eager" makes regions work where no userfaultfd can be had: they are then filled whole when they are made
     (one DegradedWarning; BudgetError where memory lacks). None takes the environment's UFFD_FALLBACK.
