@@ -21,7 +21,7 @@ PAGE_BYTES = mmap.ALLOCATIONGRANULARITY if os.name == "nt" else mmap.PAGESIZE
 MAX_BLOCK = 16 << 20
 MAX_WORKERS_BASE = 64
 MAX_HOST_COUNT = 8
-JOB_PREFETCH, JOB_POPULATE = 0, 1
+JOB_PREFETCH, JOB_POPULATE = 2, 3
 STATES = {"missing": 0, "filling": 1, "clean": 2, "unprotecting": 3, "dirty": 4, "poisoned": 5}
 COUNTER_NAMES = ("faults_read", "faults_write", "faults_wp", "blocks_demand", "blocks_readahead", "blocks_prefetch",
                  "bytes_filled", "duplicates", "retries", "errors", "poisoned", "readahead_wasted", "repaired")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import errno
 import mmap
@@ -207,10 +208,10 @@ def open_frame(path: str, offset: int) -> Any:
 
 class _PythonSource(Source):
     """A Provider. It fills buffers of our own, whose bytes are then copied: one that keeps `out` and writes to it
-    later reaches nothing."""
+    later reaches nothing. A copy of it is opened, as in a provider host: what open() keeps could not be pickled."""
 
     def __init__(self, provider: hosted.Provider) -> None:
-        self._provider = provider
+        self._provider = copy.copy(provider)
         self._takes_many = hosted.overrides(provider, "read_many")
         self._is_open = False
         self._pool: ThreadPoolExecutor | None = None
