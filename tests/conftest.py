@@ -68,6 +68,7 @@ def deadline_of(item):
 def pytest_configure(config):
     config.addinivalue_line("markers", "deadline(seconds, per_stress_second=0): when the watchdog kills the test run")
     config.addinivalue_line("markers", "keeps(reason): the leak check is left out, for the reason given")
+    config.addinivalue_line("filterwarnings", "ignore:fallback 'eager':uffd.DegradedWarning")
     stderr_fd = os.dup(2)  # output is not captured yet
     config.uffd_stderr = os.fdopen(stderr_fd, "w")
     faulthandler.register(signal.SIGUSR1, file=config.uffd_stderr, all_threads=True)

@@ -3,6 +3,9 @@
 Here is the list, and not marks in the tests: what is left out of that run is to be seen in one place.
 """
 
+import errno
+import importlib
+
 import pytest
 
 from support import matrix
@@ -13,10 +16,10 @@ DIRTY = "tells written blocks from others; here nobody sees writes"
 KERNEL = "about what a userfaultfd or a system call does"
 
 # The files of that run. All others are about faults, threads, signals, fork or the kernel's calls.
-FILES = ("test_eager.py", "test_recipes.py", "test_keys.py", "test_open.py", "test_pack.py", "test_package.py",
-         "test_pinned.py", "test_probe.py", "test_providers.py", "test_region.py")
+FILES = ("test_eager.py", "test_fallback.py", "test_recipes.py", "test_keys.py", "test_open.py",
+         "test_pack.py", "test_package.py", "test_pinned.py", "test_probe.py", "test_providers.py", "test_region.py")
 
-# What in them can't hold: (file, test) -> why. test_eager.py looks whether each of them is still there.
+# What in them can't hold: (file, test) -> why. test_fallback.py looks whether each of them is still there.
 LEFT_OUT = {
     ("test_open.py", "test_only_what_is_touched_is_filled"): LAZY,
     ("test_pack.py", "test_a_touch_fills_one_block"): LAZY,
@@ -43,3 +46,17 @@ def skip_what_cannot_hold(items):
         why = LEFT_OUT.get((item.path.name, getattr(item, "originalname", item.name)))
         if why:
             item.add_marker(pytest.mark.skip(reason=f"fallback: {why}"))
+
+
+def ask_for_it(monkeypatch):
+    """The body of a fixture: the core answers that there is no userfaultfd, and the fallback is asked for."""
+    import uffd
+
+    engine, eager = (importlib.import_module(f"uffd.{name}") for name in ("engine", "eager"))
+    monkeypatch.setattr(uffd._core, "mode", lambda: ("none", errno.EPERM))
+    monkeypatch.setattr(engine, "_default", None)
+    monkeypatch.setattr(eager, "_told", True)
+    monkeypatch.setenv("UFFD_FALLBACK", "eager")
+    yield
+    if isinstance(engine._default, eager.EagerEngine):
+        engine._default._leave()
