@@ -310,30 +310,30 @@ def folder_url(tmp_path):
         yield url
 
 
-def test_open_npy_over_http(tmp_path, folder_url):
+def test_open_npy_over_http(tmp_path, folder_url, engine):
     for order in "CF":
         array = some_array("<f8", (500, 300), order=order)
         np.save(tmp_path / "a.npy", array)
-        found = uffd.open(f"{folder_url}/a.npy", storage_options={"headers": {"X-Who": "me"}})
+        found = uffd.open(f"{folder_url}/a.npy", engine=engine, storage_options={"headers": {"X-Who": "me"}})
         assert uffd.region_of(found).name == f"{folder_url}/a.npy"
         assert found[499, 299] == array[499, 299] or np.isnan(array[499, 299])
         assert_same_bits(found, array)
         del found
 
 
-def test_open_safetensors_over_http(tmp_path, folder_url):
+def test_open_safetensors_over_http(tmp_path, folder_url, engine):
     arrays = {"a": ("F32", some_array("<f4", (1000, 40))), "b": ("I64", some_array("<i8", (3, 5), 1))}
     write_safetensors(tmp_path / "m.safetensors", arrays, {"format": "np"})
-    opened = uffd.open(f"{folder_url}/m.safetensors")
+    opened = uffd.open(f"{folder_url}/m.safetensors", engine=engine)
     assert opened.metadata == {"format": "np"}
     for name, (_, array) in arrays.items():
         assert_same_bits(opened[name], array)
 
 
-def test_open_shards_over_http(tmp_path, folder_url):
+def test_open_shards_over_http(tmp_path, folder_url, engine):
     shards = [{"a": ("F32", some_array("<f4", (100, 30)))}, {"c": ("F64", some_array("<f8", (2, 2), 2))}]
     index = write_sharded(tmp_path, shards)
-    opened = uffd.open(f"{folder_url}/{index.name}")
+    opened = uffd.open(f"{folder_url}/{index.name}", engine=engine)
     for arrays in shards:
         for name, (_, array) in arrays.items():
             assert_same_bits(opened[name], array)

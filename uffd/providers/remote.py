@@ -7,7 +7,6 @@ that ignores Range would send the whole file, and a file that was replaced would
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import operator
 import os
@@ -327,6 +326,8 @@ class _Http:
             return int(match[1]), version
 
     async def _fetch_all(self, pieces: Sequence[_Piece]) -> None:
+        import asyncio                           # here: it takes long to import
+
         turns = asyncio.Semaphore(_REQUESTS_AT_ONCE)
 
         async def one(piece: _Piece) -> None:

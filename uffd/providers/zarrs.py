@@ -8,7 +8,6 @@ row, since to decode it again would cost more than anything else here.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import itertools
 import math
@@ -16,7 +15,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from .urls import is_url, shown
 __all__ = ["Zarr", "suggested_block_bytes"]
 
 _CACHE_BYTES = 64 << 20
+_AHEAD_MAX = 4                      # chunks decoded at once, ahead
 _BLOCK_BYTES_MAX = 1 << 20
 _BLOCK_BYTES_USUAL = 1 << 16
 
@@ -52,8 +52,9 @@ class Zarr(Provider):
     Attributes: shape, dtype (as zarr's array[...] has it), chunks (of a sharded array: the inner ones), nbytes.
 
     Each chunk is decoded once for all the blocks it has a part in: parts that cover whole blocks are offered to the
-    engine, and what is left waits among the last `cache_bytes` of decoded chunks, at least one of them. A region over
-    it is best made with `block_bytes=suggested_block_bytes(shape, chunks, itemsize)`, as `uffd.open` does.
+    engine, and what is left waits among the last `cache_bytes` of decoded chunks, at least one of them. While chunks
+    are asked for one after the other along an axis, the next one is decoded ahead. A region over it is best made with
+    `block_bytes=suggested_block_bytes(shape, chunks, itemsize)`, as `uffd.open` does.
     """
 
     concurrency = max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
@@ -97,7 +98,7 @@ class Zarr(Provider):
             raise OSError(errno.ESTALE, f"the array has changed since it was opened: then {self._layout}, now {found}; "
                           "open it again", self._place())
         pool = ThreadPoolExecutor(self.concurrency, "uffd-zarr")
-        self._live = _Live(context, array, _Decoded(self.cache_bytes), pool)
+        self._live = _Live(context, array, _Decoded(self.cache_bytes), pool, _Ahead())
 
     def read(self, offset: int, out: np.ndarray) -> None:
         self.read_many([(offset, out)])
@@ -112,6 +113,7 @@ class Zarr(Provider):
             raise ValueError(f"{self.title} is not open")
         if len(wanted) == 1:
             for index, copies in wanted.items():
+                self._look_ahead(live, index)
                 self._serve(live, index, copies)
             return
         tasks = [live.pool.submit(self._serve, live, index, copies) for index, copies in wanted.items()]
@@ -122,18 +124,44 @@ class Zarr(Provider):
     def close(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            live.pool.shutdown()
+            live.pool.shutdown(cancel_futures=True)
             live.context.__exit__(None, None, None)
 
     def _serve(self, live: _Live, index: Index, copies: Copies) -> None:
-        def decode() -> np.ndarray:
-            return self._layout.decode(live.array, index)
-
-        chunk, is_new = live.decoded.get(index, decode)
+        chunk = self._decoded(live, index)
         for target, part in copies:
             target[...] = chunk[part]
-        if is_new and sum(target.nbytes for target, _ in copies) < chunk.nbytes:
+        if live.decoded.first_use(index) and sum(target.nbytes for target, _ in copies) < chunk.nbytes:
             self._offer_chunk(index, chunk)
+
+    def _decoded(self, live: _Live, index: Index) -> np.ndarray:
+        future, is_ours = live.decoded.find(index)
+        if is_ours:
+            self._decode(live, {index: future})
+        return future.result()
+
+    def _look_ahead(self, live: _Live, index: Index) -> None:
+        """Nothing of it is offered before it is asked for: to fill memory ahead is for the engine to decide."""
+        if self._layout.chunk_bytes * _AHEAD_MAX * 2 <= self.cache_bytes:
+            ahead = [one for one in live.ahead.after(index) if self._layout.has_chunk(one)]
+            if ahead:
+                live.pool.submit(self._decode_ahead, live, ahead)
+
+    def _decode_ahead(self, live: _Live, ahead: Sequence[Index]) -> None:
+        # claimed here, and not by who asks: nobody may wait for a chunk whose turn in the pool has not come
+        claimed = live.decoded.claim(ahead)
+        are_neighbours = len(claimed) == len(ahead)
+        for group in [claimed] if are_neighbours else [{index: future} for index, future in claimed.items()]:
+            self._decode(live, group)
+
+    def _decode(self, live: _Live, claimed: Mapping[Index, Future[np.ndarray]]) -> None:
+        """Neighbours along one axis, by one selection: zarr decodes them side by side. Errors are left with them."""
+        try:
+            chunks = self._layout.decode(live.array, sorted(claimed))
+        except BaseException as error:
+            live.decoded.fail(claimed, error)
+            return
+        live.decoded.settle(claimed, chunks)
 
     def _offer_chunk(self, index: Index, chunk: np.ndarray) -> None:
         """The whole chunk: what was asked for, or is there already, the engine leaves alone."""
@@ -156,7 +184,8 @@ def suggested_block_bytes(shape: Sequence[int], chunks: Sequence[int], itemsize:
     chunk each, so that every row of a decoded chunk is whole blocks. (8192, 8192) of 8 bytes in (512, 512): 4 KiB.
 
     Where rows of chunks can't be aligned, it is the largest power of two up to the row's length, a page to 64 KiB: a
-    block then meets few chunks.
+    block then meets few chunks. Where even a page takes in whole rows of the array, it meets as many chunks as a larger
+    block does: then it is up to 64 KiB, within the height of a chunk.
     """
     page = mmap.PAGESIZE
     axis = _row_axis(shape, chunks)
@@ -168,6 +197,8 @@ def suggested_block_bytes(shape: Sequence[int], chunks: Sequence[int], itemsize:
     aligned = common & -common                   # the largest power of two in it
     if aligned >= page:
         return min(aligned, _BLOCK_BYTES_MAX)
+    if axis and strides[axis - 1] <= page:
+        row_bytes = chunks[axis - 1] * strides[axis - 1]
     return min(max(page, 1 << (row_bytes.bit_length() - 1)), _BLOCK_BYTES_USUAL)
 
 
@@ -240,6 +271,8 @@ def _close_session(fs: Any) -> None:
     session = getattr(fs, "_session", None)
     loop = getattr(session, "_loop", None)
     if loop is not None and loop.is_running():
+        import asyncio                           # here: it takes long to import
+
         asyncio.run_coroutine_threadsafe(session.close(), loop).result(5)
 
 
@@ -284,17 +317,30 @@ class _Layout:
     def byte_chunks(self) -> tuple[int, ...]:
         return _in_bytes(self.chunks, self.dtype.itemsize)
 
-    def decode(self, array: Any, index: Index) -> np.ndarray:
-        """The bytes of a chunk, its last axis in bytes, cut off at the array's end."""
-        selection = tuple(slice(at * chunk, min((at + 1) * chunk, extent))
-                          for at, chunk, extent in zip(index, self.chunks, self.shape))
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.byte_chunks)
+
+    def has_chunk(self, index: Index) -> bool:
+        return all(0 <= at * chunk < extent for at, chunk, extent in zip(index, self.byte_chunks, self.byte_shape))
+
+    def decode(self, array: Any, indices: Sequence[Index]) -> list[np.ndarray]:
+        """The bytes of each chunk, its last axis in bytes, cut off at the array's end. They are neighbours along one
+        axis, in order, and are decoded by one selection."""
+        selection = tuple(slice(low * chunk, min((high + 1) * chunk, extent))
+                          for low, high, chunk, extent in zip(indices[0], indices[-1], self.chunks, self.shape))
         shape = tuple(one.stop - one.start for one in selection)
         found = np.asarray(array[selection or ...])          # (): a scalar, which has lost its byte order
         if found.shape != shape or found.dtype != self.dtype:
-            raise OSError(errno.EIO, f"zarr decodes chunk {index} to {found.shape} of {found.dtype}, not to {shape} of "
-                          f"{self.dtype}")
+            raise OSError(errno.EIO, f"zarr decodes chunk {indices[0]} to {found.shape} of {found.dtype}, not to "
+                          f"{shape} of {self.dtype}")
         flat = np.ascontiguousarray(found).reshape(-1)
-        return flat.view(np.uint8).reshape(_in_bytes(shape, self.dtype.itemsize))
+        box = flat.view(np.uint8).reshape(_in_bytes(shape, self.dtype.itemsize))
+        if len(indices) == 1:
+            return [box]
+        return [np.ascontiguousarray(box[tuple(slice((at - low) * chunk, (at - low + 1) * chunk)
+                                               for at, low, chunk in zip(index, indices[0], self.byte_chunks))])
+                for index in indices]
 
     def plan(self, offset: int, out: np.ndarray, wanted: dict[Index, Copies]) -> None:
         """Adds to `wanted`, by chunk, the copies that fill `out` with the bytes from `offset` on."""
@@ -375,6 +421,7 @@ class _Live:
     array: Any
     decoded: _Decoded
     pool: ThreadPoolExecutor
+    ahead: _Ahead
 
 
 class _Decoded:
@@ -385,29 +432,47 @@ class _Decoded:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Index, Future[np.ndarray]] = OrderedDict()
         self._kept_bytes = 0
+        self._unused: set[Index] = set()
 
-    def get(self, index: Index, decode: Callable[[], np.ndarray]) -> tuple[np.ndarray, bool]:
-        """The chunk, and whether this call decoded it. A failure is everybody's who waits, and is not kept."""
+    def find(self, index: Index) -> tuple[Future[np.ndarray], bool]:
+        """The chunk, there or coming. True: nobody decodes it, the caller is to, and ends with settle or fail."""
         with self._lock:
             future = self._kept.get(index)
-            if future is not None:
-                self._kept.move_to_end(index)
-            else:
-                ours = self._kept[index] = Future()
-        if future is not None:
-            return future.result(), False
-        try:
-            chunk = decode()
-        except BaseException as error:
-            with self._lock:
-                del self._kept[index]
-            ours.set_exception(error)
-            raise
-        ours.set_result(chunk)
+            if future is None:
+                future = self._kept[index] = Future()
+                return future, True
+            self._kept.move_to_end(index)
+            return future, False
+
+    def claim(self, indices: Sequence[Index]) -> dict[Index, Future[np.ndarray]]:
+        """Those of them that nobody has decoded, or is about to: the caller is to, as with `find`."""
         with self._lock:
-            self._kept_bytes += chunk.nbytes
+            new: dict[Index, Future[np.ndarray]] = {index: Future() for index in indices if index not in self._kept}
+            self._kept.update(new)
+            return new
+
+    def settle(self, claimed: Mapping[Index, Future[np.ndarray]], chunks: Sequence[np.ndarray]) -> None:
+        """Given in the order of sorted(claimed)."""
+        with self._lock:
+            for index, chunk in zip(sorted(claimed), chunks, strict=True):
+                self._unused.add(index)
+                self._kept_bytes += chunk.nbytes
+                claimed[index].set_result(chunk)
             self._drop_oldest()
-        return chunk, True
+
+    def fail(self, claimed: Mapping[Index, Future[np.ndarray]], error: BaseException) -> None:
+        """Everybody who waits gets the error; the next one tries again."""
+        with self._lock:
+            for index, future in claimed.items():
+                del self._kept[index]
+                future.set_exception(error)
+
+    def first_use(self, index: Index) -> bool:
+        """True once for each time that the chunk was decoded."""
+        with self._lock:
+            is_first = index in self._unused
+            self._unused.discard(index)
+            return is_first
 
     def _drop_oldest(self) -> None:
         done = [index for index, future in self._kept.items() if future.done()]
@@ -415,3 +480,35 @@ class _Decoded:
             if self._kept_bytes <= self._limit_bytes:
                 return
             self._kept_bytes -= self._kept.pop(index).result().nbytes
+            self._unused.discard(index)
+
+
+class _Ahead:
+    """Which chunks to decode ahead: whoever goes from chunk to neighbour along an axis goes on, the further the
+    longer it has. Thread-safe; wrong where two walk at once, which costs no more than the time of a few chunks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: Index | None = None
+        self._step: Index | None = None
+        self._steps = 0                          # that were the same
+        self._beyond = 0                         # chunks past the last one that were given out
+
+    def after(self, index: Index) -> list[Index]:
+        """What is to be decoded now that `index` is asked for; it may lie outside of the array."""
+        with self._lock:
+            last, self._last = self._last, index
+            if last is None or last == index:
+                return []
+            step = tuple(at - was for at, was in zip(index, last))
+            if step != self._step:
+                self._step, self._steps, self._beyond = step, 0, 0
+            if sum(map(abs, step)) != 1:
+                return []
+            self._steps += 1
+            self._beyond = max(0, self._beyond - 1)
+            count = min(self._steps, _AHEAD_MAX)
+            if self._beyond > count // 2:
+                return []
+            first, self._beyond = self._beyond + 1, self._beyond + count
+            return [tuple(at + one * far for at, one in zip(index, step)) for far in range(first, first + count)]
