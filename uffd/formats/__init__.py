@@ -42,12 +42,10 @@ def open(
     ============================================  =====================================================
 
     A zarr store is a directory or a zip file. A URL (https://, s3:// and whatever fsspec has) may name a ``.npy``, a
-    ``.safetensors``, an index of its shards or a zarr store; the server must do byte ranges. What comes from URLs and
-    zarr stores is read by Python code in the engine's provider host, another process.
-
-    The content decides, not the suffix. Only headers are read here; each file that holds array data becomes one
-    `Region`, whose address range costs no memory until it is touched. Arrays are ordinary ndarrays that keep their
-    region alive; `region_of(array)` finds it. Empty arrays have no region.
+    ``.safetensors``, an index of its shards or a zarr store; the server must do byte ranges. The content decides, not
+    the suffix. Only headers are read here; each file that holds array data becomes one `Region`, whose address range
+    costs no memory until it is touched. Arrays are ordinary ndarrays that keep their region alive; `region_of(array)`
+    finds it. Empty arrays have no region.
 
     mode: "c" (default): arrays can be written to, privately, and the file never changes. "r": arrays are not
     writeable. "r+" raises ValueError: the providers of files cannot write back.
@@ -71,25 +69,11 @@ def open(
     here for what memmap cannot do (batched prefetch, statistics, one path for raw and compressed), or `pack` them.
 
     Blocks while headers are read. May be called from any thread; so may the mapping.
-    Raises FileNotFoundError, IsADirectoryError and other OSError from the file system; ValueError for
-    unknown, damaged or truncated files (with the sizes found and expected), for what a URL can't name and for a bad
-    mode; TypeError for arrays of Python objects; ImportError naming the extra to install.
+    Raises FileNotFoundError, IsADirectoryError and other OSError from the file system; ValueError for unknown, damaged
+    or truncated files (with the sizes found and expected), for what a URL can't name and for a bad mode; TypeError for
+    arrays of Python objects; ImportError naming the extra to install.
     """
-    name = os.fsdecode(path_or_url)
-    if is_url(name) and not name.startswith("file://"):
-        return remote.open_url(name, storage_options or {}, Serving(shown(name), mode, engine, region_options))
-    path = recognise.local_path(name)
-    if storage_options is not None:
-        raise ValueError(f"storage_options are for URLs, and {path!r} is a local path")
-    serving, source = Serving(path, mode, engine, region_options), LocalSource(path)
-    kind = recognise.kind_of_local(path, source)
-    if kind == "npy":
-        return npy.open_array(source, serving)
-    if kind == "frame":
-        return frames.open_frame(path, serving)
-    if kind == "zarr":
-        return zarrs.open_zarr(path, {}, serving)
-    return safetensors.open_tensors(source, kind, serving)
+    return _opened(os.fsdecode(path_or_url), storage_options, mode, engine, region_options)
 
 
 def pack(
@@ -111,3 +95,22 @@ def pack(
     `open` does, OSError also when what was written does not read back.
     """
     packing.pack_file(src, dst, codec=codec, level=level)
+
+
+def _opened(
+    name: str, storage_options: Mapping[str, Any] | None, mode: str, engine: Any, region_options: Mapping[str, Any]
+) -> np.ndarray | Mapping[str, np.ndarray]:
+    if is_url(name) and not name.startswith("file://"):
+        return remote.open_url(name, storage_options or {}, Serving(shown(name), mode, engine, region_options))
+    path = recognise.local_path(name)
+    if storage_options is not None:
+        raise ValueError(f"storage_options are for URLs, and {path!r} is a local path")
+    serving, source = Serving(path, mode, engine, region_options), LocalSource(path)
+    kind = recognise.kind_of_local(path, source)
+    if kind == "npy":
+        return npy.open_array(source, serving)
+    if kind == "frame":
+        return frames.open_frame(path, serving)
+    if kind == "zarr":
+        return zarrs.open_zarr(path, {}, serving)
+    return safetensors.open_tensors(source, kind, serving)
