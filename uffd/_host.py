@@ -11,7 +11,9 @@ import atexit
 import errno
 import faulthandler
 import fcntl
+import functools
 import io
+import linecache
 import operator
 import os
 import pickle
@@ -25,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
 from .providers import hosted
 
 __all__ = ["main"]
@@ -155,6 +156,8 @@ class Host:
         """What a request costs here is on the way of each page: no locks, few names."""
         take, out, done, current, sessions = self.end.take, self.end.out, self.end.done, self.current, self.sessions
         frombuffer, uint8 = np.frombuffer, np.uint8
+        session: Any
+        array: Any
         while (work := take()) is not None:
             kind, number, slot, requests = work
             current[index] = session = sessions.get(number) or self._session(number)
@@ -244,6 +247,7 @@ class Host:
             self._count_threads()
 
     def _read(self, session: Session, slot: int, offset: int, nbytes: int) -> None:
+        array: Any = None
         try:
             array = np.frombuffer(self.end.out(slot), np.uint8)
             answer = session.read(offset, array)
@@ -387,6 +391,8 @@ def _settle(header: dict[str, Any]) -> None:
     path = header["path"]
     sys.path[:] = path + [entry for entry in sys.path if entry not in path]
     sys.argv[:] = header["argv"]
+    for name, lines in header["sources"].items():            # of a notebook's cells: for tracebacks
+        linecache.cache[name] = sum(map(len, lines)), None, lines, name
     try:
         os.chdir(header["cwd"] or ".")
     except OSError:                              # deleted since, or not ours to enter: relative names will say so
@@ -453,14 +459,19 @@ def _in_short(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Never returns: exit status 0 at the end of service."""
+    """Never returns: exit status 0 at the end of service. `--load` is a trial: can a provider be unpickled here?"""
+    if sys.argv[1:] == ["--load"]:
+        sys.exit(_try_to_load())
+    from . import _core
+
     debug = os.environ.get("UFFD_HOST_DEBUG") == "1"
     channel_fd, control_fd = (_above_the_standard_ones(int(argument)) for argument in sys.argv[1:3])
     _close_inherited({channel_fd, control_fd})
     _set_up_streams(debug)
     _set_up_signals(debug)
     hosted.enter_host()
-    os.register_at_fork(after_in_child=lambda: (os.close(channel_fd), os.close(control_fd)))
+    for fd in (channel_fd, control_fd):          # a provider's children are not to hold them
+        os.register_at_fork(after_in_child=functools.partial(os.close, fd))
     host = Host(_core.HostEnd(channel_fd, control_fd), debug=debug)
     host.run()
     host.finish()
@@ -470,6 +481,17 @@ def main() -> None:
         except (OSError, ValueError, AttributeError):        # nobody reads it any more
             pass
     os._exit(0)                                  # threads of providers have no say in it
+
+
+def _try_to_load() -> int:
+    """Of uffd.testing: stdin has what `hosted.pickled` made."""
+    hosted.enter_host()
+    try:
+        load(sys.stdin.buffer.read())
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _above_the_standard_ones(fd: int) -> int:
@@ -497,7 +519,7 @@ def _set_up_streams(debug: bool) -> None:
     """stdin is the program's; what is printed comes out with each line, for the process may be killed."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
-        if fd == 0 and not debug or not _is_open(fd):
+        if (fd == 0 and not debug) or not _is_open(fd):
             os.dup2(null, fd)
     if null > 2:
         os.close(null)

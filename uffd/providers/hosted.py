@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import linecache
 import os
 import pickle
 import sys
@@ -63,7 +64,7 @@ class Provider:
         is that of your process when the region was made; another region may change it later.
         """
 
-    def read(self, offset: int, out: np.ndarray) -> None:
+    def read(self, offset: int, out: np.ndarray) -> int | None:
         """Fills all of `out`, a writable array of uint8 whose address is aligned to pages, with the bytes from
         `offset` on. Called by up to `concurrency` threads at once.
 
@@ -73,13 +74,14 @@ class Provider:
         """
         if not overrides(self, "read_many"):
             raise TypeError(f"{type(self).__name__} has no read(offset, out)")
-        self.read_many([(offset, out)])
+        return self.read_many([(offset, out)])
 
-    def read_many(self, requests: Sequence[tuple[int, np.ndarray]]) -> None:
+    def read_many(self, requests: Sequence[tuple[int, np.ndarray]]) -> int | None:
         """Optional: fills several requests [(offset, out), ...], sorted by offset, each as `read` does. Those that
         wait are given together, for providers that fetch neighbours at once. If it fails, all of them fail."""
         for offset, out in requests:
             self.read(offset, out)
+        return None
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Stores `data`, an array of uint8, at `offset`; its return acknowledges them. For providers that can write."""
@@ -141,7 +143,7 @@ def title(provider: Any) -> str:
 def function_title(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
-    return getattr(function, "__qualname__", None) or type(function).__name__
+    return getattr(function, "__qualname__", None) or getattr(function, "__name__", None) or type(function).__name__
 
 
 # ---- what can be a provider -------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def as_provider(thing: Any) -> Provider | None:
 def _is_compiled(thing: Any) -> bool:
     """A C function pointer of ctypes, or Numba's @cfunc."""
     kinds = {(kind.__module__, kind.__name__) for kind in type(thing).__mro__}
-    return ("_ctypes", "CFuncPtr") in kinds or hasattr(thing, "native_name") and hasattr(thing, "address")
+    return ("_ctypes", "CFuncPtr") in kinds or (hasattr(thing, "native_name") and hasattr(thing, "address"))
 
 
 # ---- the way to the host ----------------------------------------------------------------------------------------
@@ -191,9 +193,8 @@ def pickled(provider: Provider) -> bytes:
     ValueError over 64 MiB; RuntimeError inside a provider host.
     """
     if _in_host:
-        raise RuntimeError("this is a provider host, which starts no hosts of its own: a region over a provider in "
-                           "Python can't be made here. If the main module is being imported again, guard what the "
-                           "program does by `if __name__ == \"__main__\":`")
+        raise RuntimeError("a provider host starts no hosts of its own: a region over a provider in Python can't be "
+                           "made here")
     main = _main_module()
     out = _Limited()
     pickler = _pickler_class()(out)
@@ -208,8 +209,9 @@ def pickled(provider: Provider) -> bytes:
         raise TypeError(f"{pickler.of_main} is defined in the main module, which can't be imported again in the "
                         f"provider host (it is no file: a prompt, a notebook, -c or -m package). {_CALLBACK}, or move "
                         "it into a module")
+    sources = {name: linecache.getlines(name) for name in pickler.files if not os.path.exists(name)}
     header = pickle.dumps({"path": [entry or os.getcwd() for entry in sys.path], "cwd": _cwd(), "argv": list(sys.argv),
-                           "main": main}, protocol=5)
+                           "main": main, "sources": sources}, protocol=5)
     return b"".join((len(header).to_bytes(8, "little"), header, out.getbuffer()))
 
 
@@ -250,7 +252,7 @@ class _Limited(io.BytesIO):
     def write(self, data: Any) -> int:
         nbytes = memoryview(data).nbytes
         if self.tell() + nbytes > PICKLE_BYTES_MAX:
-            raise _TooLarge(nbytes, "a buffer" if nbytes > 1 << 20 else None)
+            raise _TooLarge(nbytes, "a buffer" if nbytes > PICKLE_BYTES_MAX // 4 else None)
         return super().write(data)
 
 
@@ -273,6 +275,7 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
             self.largest: tuple[int, str] | None = None
             self.looked_at: set[str] = set()
             self.by_value: list[Any] = []
+            self.files: set[str] = set()         # where code that travels with the pickle was written
 
         def run(self, thing: Any) -> None:
             try:
@@ -292,9 +295,17 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
             if named and cloudpickle is not None:
                 self.see_module(thing.__module__)
             answer = super().reducer_override(thing) if cloudpickle is not None else NotImplemented
+            if isinstance(thing, types.CodeType) and types.CodeType in getattr(self, "dispatch_table", ()):
+                return self.with_file(thing, self.dispatch_table[types.CodeType](thing))
             if named and answer is NotImplemented and thing.__module__ in MAIN_NAMES:
                 self.of_main = thing.__qualname__
             return answer
+
+        def with_file(self, code: types.CodeType, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+            """cloudpickle forgets the file's name, which tracebacks are to tell."""
+            name = os.path.abspath(code.co_filename) if os.path.exists(code.co_filename) else code.co_filename
+            self.files.add(name)
+            return answer[0], tuple(name if part == "<dynamic-code>" else part for part in answer[1]), *answer[2:]
 
         def see_array(self, array: Any) -> None:
             what = "an array" if isinstance(array, np.ndarray) else "a memoryview"
@@ -367,6 +378,8 @@ def _unpicklable(provider: Provider, error: BaseException) -> str:
         kind.__module__ in MAIN_NAMES
     if is_nameless and importlib.util.find_spec("cloudpickle") is None:
         cure = f"{_CALLBACK}, or define it at the top of a module"
+    elif _is_hosted_region(thing):
+        cure = "Read from that one's source itself"
     elif isinstance(provider, FunctionProvider):
         cure = f"Open it in {_OPEN}"
     else:
@@ -410,24 +423,24 @@ def _parts(thing: Any, where: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{where}[{key!r}]", part) for key, part in thing.items())
     elif isinstance(thing, (list, tuple)):
         yield from ((f"{where}[{at}]", part) for at, part in enumerate(thing))
-    elif not isinstance(thing, (type, types.ModuleType)):
+    elif not isinstance(thing, (type, types.ModuleType)) and not _is_hosted_region(thing):
         yield from ((f"{where or 'self'}.{name}", part) for name, part in getattr(thing, "__dict__", {}).items())
 
 
 def _described(thing: Any) -> str:
     kind = type(thing)
+    what = f"a {kind.__qualname__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__qualname__}"
     if isinstance(thing, types.FunctionType):
-        if thing.__name__ == "<lambda>":
-            return "a lambda"
-        return f"the function {thing.__qualname__} of {thing.__module__}"
-    if isinstance(thing, type):
-        return f"the class {thing.__qualname__}"
-    if isinstance(thing, io.IOBase):
-        return f"an open file ({getattr(thing, 'name', kind.__name__)!r})"
-    if kind.__module__ == "_thread":
-        return "a lock"
-    if any(base.__module__ == "_ctypes" for base in kind.__mro__) or kind.__module__ == "ctypes":
-        return f"a ctypes object ({kind.__name__})"
-    if _is_hosted_region(thing):
-        return f"the region {thing.name!r}"
-    return f"a {kind.__qualname__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__qualname__}"
+        is_lambda = thing.__name__ == "<lambda>"
+        what = "a lambda" if is_lambda else f"the function {thing.__qualname__} of {thing.__module__}"
+    elif isinstance(thing, type):
+        what = f"the class {thing.__qualname__}"
+    elif isinstance(thing, io.IOBase):
+        what = f"an open file ({getattr(thing, 'name', kind.__name__)!r})"
+    elif kind.__module__ == "_thread":
+        what = "a lock"
+    elif any(base.__module__ == "_ctypes" for base in kind.__mro__) or kind.__module__ == "ctypes":
+        what = f"a ctypes object ({kind.__name__})"
+    elif _is_hosted_region(thing):
+        what = f"the region {thing.name!r}"
+    return what
