@@ -97,7 +97,7 @@ def test_thread_rate(benchmark: Any, engine: Any, source: np.ndarray, order: np.
     for cpu in range(min(native.CPUS, 2)):
         name = f"one worker on CPU {cpu}"
         floors[name] = in_c(touches, source, name, native.ONE_PINNED, cpu=cpu)
-    free = {"C, one free worker": in_c(touches, source, "free", native.ONE_FREE)}    # not a placement: the kernel's luck
+    free = {"C, one free worker": in_c(touches, source, "free", native.ONE_FREE)}    # no placement: the kernel's
     compare(benchmark, f"thread-rate-{threads}", through_uffd(touches, source, engine, "thread"), floors,
             beside=free, warm_nbytes=4 * NBYTES)
     touches.notes(benchmark)

@@ -184,7 +184,8 @@ def test_http_rows(benchmark: Any, engine: Any, tmp_path: Path) -> None:
 
     try:
         time.sleep(1.0)                     # until it listens
-        compare(benchmark, "hosted-http", rows(True), {"without prefetch": rows(False)}, warm_nbytes=2 * nbytes, rounds=5)
+        compare(benchmark, "hosted-http", rows(True), {"without prefetch": rows(False)}, warm_nbytes=2 * nbytes,
+                rounds=5)
     finally:
         server.terminate()
         server.wait()

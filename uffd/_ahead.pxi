@@ -36,7 +36,8 @@ cdef void wake_worker(Engine_t *e) noexcept nogil:
 
 cdef bint work_waits(Engine_t *e) noexcept nogil:
     return (u64_load_seq(&e.demand.tail) != u64_load_seq(&e.demand.head)
-            or u64_load_seq(&e.ahead.tail) != u64_load_seq(&e.ahead.head) or u32_load_seq(&e.jobs_waiting) != 0)
+            or u64_load_seq(&e.ahead.tail) != u64_load_seq(&e.ahead.head)
+            or u32_load_seq(&e.jobs_waiting) != 0 and not u32_load_seq(&e.jobs_starved))
 
 
 cdef bint serve_one_piece(Engine_t *e, Slot *s) noexcept nogil:
@@ -278,6 +279,7 @@ cdef void job_post(Engine_t *e, Job_t *j) noexcept nogil:
         at = &at[0].next
     at[0] = j
     u32_add_seq(&e.jobs_waiting, 1)
+    u32_store_seq(&e.jobs_starved, 0)
     pthread_mutex_unlock(&e.job_lock)
     wake_worker(e)
     if j.nruns > 1 or j.runs[1] - j.runs[0] > 1:
@@ -358,8 +360,13 @@ cdef Job_t *job_ready(Engine_t *e, Slot *s, uint32_t kind, Region_t **r, Slot **
             r[0] = region_acquire(j.region_id)
             by[0] = s
             if r[0] != NULL and r[0].hosted:
-                by[0] = carrier_borrow(e, kind == POPULATE)
+                by[0] = carrier_borrow(e, False)
+                if by[0] == NULL:
+                    u32_store_seq(&e.jobs_starved, 1)
+                    fence_seq()             # pairs with carrier_return
+                    by[0] = carrier_borrow(e, False)
             if by[0] != NULL:
+                u32_store(&e.jobs_starved, 0)
                 return j
             region_release(r[0])
             r[0] = NULL

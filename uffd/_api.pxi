@@ -14,7 +14,6 @@ import atexit as _atexit
 import errno as _errno
 import os as _os
 
-cdef uint64_t SLICE_NS = 100000000
 cdef uint64_t BURY_NS = 5000000             # waited where nobody asked to wait: most fills are over by then
 
 PAGE_BYTES = PAGE
@@ -179,41 +178,43 @@ cdef class Engine:
                 pthread_mutex_unlock(&registry_lock)
 
     def open_session(self, Filler f, uint32_t retries, uint64_t timeout_ns):
-        """Has a host open the provider: (0 or errno, text, nbytes or None). Ctrl-C interrupts it."""
+        """Has a host open the provider: (0 or errno, text, nbytes or None). Ctrl-C interrupts it. ValueError when the
+        engine is closed meanwhile."""
+        cdef Engine_t *e = self.e
         cdef Slot *c = NULL
-        cdef uint32_t word
         cdef int err = 1
         cdef uint64_t deadline = now_ns() + timeout_ns
-        cdef Host_t *h
-        while c == NULL:
-            with nogil:
-                c = carrier_borrow(self.e, True)
-                if c == NULL:
-                    poll(NULL, 0, 5)
-            PyErr_CheckSignals()
-        h = c.carrier.h
-        u32_cas(&h.state, HOST_BROKEN, HOST_DOWN)       # it gets another chance
-        c.carrier.lost = 0
-        host_post(c, REQ_OPEN, f.fill.session, 0, 0, True, False)
+        if e == NULL or e.hosts == NULL:
+            raise ValueError("the engine is closed")
+        u32_add(&e.carriers, 1)             # the engine is not freed meanwhile
         try:
-            while err == 1:
+            while c == NULL and not u32_load(&e.stopping):
                 with nogil:
-                    word = u32_load(&c.carrier.q.word)
-                    if word & REQ_STATE == REQ_POSTED or word & REQ_STATE == REQ_TAKEN:
-                        futex_wait_shared(&c.carrier.q.word, word, SLICE_NS)
-                        word = u32_load(&c.carrier.q.word)
-                    if now_ns() > deadline or word & REQ_STATE == REQ_DONE or word & REQ_STATE == REQ_LOST or \
-                            u32_load(&h.state) == HOST_BROKEN:
-                        err = host_answer(c, retries, SECOND_NS if now_ns() < deadline else 0, False)
+                    c = carrier_borrow(e, True)
+                    if c == NULL:
+                        poll(NULL, 0, 5)
                 PyErr_CheckSignals()
+            if c != NULL:
+                u32_cas(&c.carrier.h.state, HOST_BROKEN, HOST_DOWN)     # it gets another chance
+                c.carrier.lost = 0
+                host_post(c, REQ_OPEN, f.fill.session, 0, 0, 2, False)
+            while err == 1 and not u32_load(&e.stopping):
+                with nogil:
+                    err = open_look(c, retries, deadline)
+                PyErr_CheckSignals()
+            if err == 1:
+                raise ValueError("the engine was closed")
             text = c.carrier.q.text[:min(c.carrier.q.text_bytes, <uint32_t>HOST_TEXT_BYTES)].decode("utf-8", "replace")
             size = c.carrier.q.opened_bytes
             return -err, text if err else "", None if size < 0 else size
         finally:
-            if err == 1:
-                carrier_pass(c, NULL, T_DRAIN)          # interrupted: the answer is waited for without us
-            else:
+            if c != NULL and err == 1:      # interrupted: the answer is waited for without us
+                c.carrier.count = deadline - now_ns() if deadline > now_ns() else 0
+                carrier_pass(c, NULL, T_DRAIN)
+            elif c != NULL:
                 carrier_return(c)
+            u32_sub(&e.carriers, 1)
+            futex_wake_all(&e.carriers)
 
     def workers(self):
         """Per base worker: (cpu or -1, messages served, empty wake-ups, armed)."""

@@ -252,6 +252,7 @@ cdef struct Engine_t:
     Ring *ahead
     pthread_mutex_t job_lock
     Job_t *jobs
+    uint32_t jobs_starved       # some wait for a request of a provider host to be free; no other can be served
     uint32_t jobs_waiting       # jobs with pieces to hand out, [populate] + [prefetch]
     int keeper_fd
     uint32_t keeper_alert
@@ -270,6 +271,7 @@ cdef struct Engine_t:
     Counters *closed            # what regions that are gone had counted; under registry_lock
 
 cdef uint64_t SECOND_NS = 1000000000
+cdef uint64_t SLICE_NS = 100000000          # of a wait that Python code waits for: then it looks at signals
 cdef uint64_t PAGE = <uint64_t>sysconf(_SC_PAGESIZE)
 cdef enum:
     RUN_BYTES = 512 * 1024      # of one fill: staging that stays in the second-level cache

@@ -512,7 +512,9 @@ cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept 
         critical_leave(s)
         if err >= 0:
             return
-    if begin_run(s, r, b, 1, state == DIRTY, DEMAND, state):
+    if r.hosted:
+        hosted_repair(s, r, b, state)
+    elif begin_run(s, r, b, 1, state == DIRTY, DEMAND, state):
         count(s, r, C_REPAIRED, 1)
         finish_run(s, r)
     else:

@@ -36,14 +36,15 @@ struct host_request {
     uint64_t offset;
     uint64_t nbytes;
     uint64_t order;                              /* oldest first */
-    uint32_t urgent;                             /* somebody waits in a fault: before all others */
+    uint32_t urgent;                             /* 2: somebody waits in a fault; 1: in a call; 0: nobody */
     uint32_t in_place;                           /* into the region's own shared pages, at `offset` */
     int32_t error;                               /* 0 or -errno */
     uint32_t text_bytes;
     int64_t opened_bytes;                        /* of OPEN: the provider's size, or -1 */
     uint32_t opened_concurrency;
     uint32_t opened_flags;
-    uint8_t pad[48];
+    uint64_t taken_ns;                           /* CLOCK_MONOTONIC, which all processes share */
+    uint8_t pad[40];
     char text[HOST_TEXT_BYTES];
 };
 

@@ -62,6 +62,7 @@ cdef struct Host_t:                         # one process
     uint32_t state                          # HOST_*: the keeper's, read by all
     uint32_t kill_generation                # the host of that generation is to be killed: a request of it is late
     uint64_t latency_ns                     # of answers, smoothed; a heuristic, relaxed
+    uint64_t answered_ns                    # when the last one came
     # the keeper's own
     int control_fd
     int pid
@@ -132,8 +133,10 @@ cdef void carrier_return(Slot *c) noexcept nogil:
     u32_add(&e.carrier_turn, 1)
     if bits == 0:
         futex_wake_all(&e.carrier_turn)
-    elif u32_load_seq(&e.jobs_waiting):
-        wake_worker(e)                      # a piece may have waited for a request to be free
+    fence_seq()                             # pairs with job_ready: it says that it found none, then looks again
+    if u32_load(&e.jobs_starved):
+        u32_store(&e.jobs_starved, 0)
+        wake_worker(e)
 
 
 cdef void carrier_pass(Slot *c, Region_t *r, uint32_t task) noexcept nogil:
@@ -176,7 +179,7 @@ cdef void *carrier_main(void *argument) noexcept nogil:
         elif task == T_JOB:
             job_fill(e, k.s, k.job, r, k.first, k.count)
         else:
-            host_answer(k.s, 0, SECOND_NS, False)
+            host_answer(k.s, 0, k.count, False)
         u32_store(&k.baton, 0)
         carrier_return(k.s)
         if r != NULL:
@@ -203,12 +206,35 @@ cdef uint32_t hosted_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint writ
         return 0
     host_post_run(c, r)
     ahead_note(s, r, <int64_t>(b + got - 1))
-    if alone and host_watch(c):
+    if alone and host_watch(c) and u32_load(&c.carrier.q.word) & REQ_STATE == REQ_DONE and c.carrier.q.error == 0:
+        finish_run(c, r)
+        carrier_return(c)
+    else:
+        carrier_pass(c, r, T_RUN)           # an error, too: it is retried, with pauses
+    return got
+
+
+cdef void hosted_repair(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+    """A block of which the program dropped pages is asked for again: in the SIGBUS handler by the toucher itself, else by
+    the request's own thread."""
+    cdef Slot *c = carrier_borrow(r.engine, True)
+    if c == NULL:
+        enter_blocking(s)
+        c = carrier_wait(r.engine)
+        leave_blocking(s)
+    if s.kind == SLOT_INLINE:
+        u32_store(&c.tid, <uint32_t>thread_id())
+    if not begin_run(c, r, b, 1, state == DIRTY, DEMAND, state):
+        uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
+        carrier_return(c)
+        return
+    count(c, r, C_REPAIRED, 1)
+    host_post_run(c, r)
+    if s.kind == SLOT_INLINE:
         finish_run(c, r)
         carrier_return(c)
     else:
         carrier_pass(c, r, T_RUN)
-    return got
 
 
 cdef bint hosted_piece(Region_t *r, Piece *p) noexcept nogil:
@@ -246,7 +272,7 @@ cdef int inline_hosted(Region_t *r, uint64_t b, bint write) noexcept nogil:
 
 # ---- a request --------------------------------------------------------------------------------------------------
 
-cdef void host_post(Slot *c, uint32_t kind, uint64_t session, uint64_t offset, uint64_t nbytes, bint urgent,
+cdef void host_post(Slot *c, uint32_t kind, uint64_t session, uint64_t offset, uint64_t nbytes, uint32_t urgent,
                     bint in_place) noexcept nogil:
     cdef Carrier *k = c.carrier
     cdef Host_t *h = k.h
@@ -287,7 +313,7 @@ cdef int host_prepare(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) no
         return 0                            # obtain finds its bytes elsewhere
     if in_place and fallocate(r.memfd, 0, <int64_t>offset, <int64_t>page_round(nbytes)) != 0:
         return -errno
-    host_post(c, REQ_READ, r.fill.session, offset, nbytes, c.cause == DEMAND or c.cause == POPULATE, in_place)
+    host_post(c, REQ_READ, r.fill.session, offset, nbytes, 2 if c.cause == DEMAND else c.cause == POPULATE, in_place)
     return 0
 
 
@@ -327,13 +353,14 @@ cdef int host_fill(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) noexc
 cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ever) noexcept nogil:
     """Waits for the answer to what was posted: its error number, -ETIMEDOUT, or -ECONNRESET when hosts died too often.
 
-    A late request that the host has not taken is taken back; for one that it has taken the host is killed: a thread
-    of Python can't be ended, and the buffer is not ours before that.
+    The time that a request waits for its turn is not its own; it is late there only if the host answers nobody. Then
+    it is taken back. For a late one that the host has taken the host is killed: a thread of Python can't be ended,
+    and the buffer is not ours before that.
     """
     cdef Carrier *k = c.carrier
     cdef Host_t *h = k.h
     cdef host_request *q = k.q
-    cdef uint64_t now = now_ns(), deadline = c.deadline_ns if c.since_ns else now + timeout_ns
+    cdef uint64_t now = now_ns(), deadline = c.deadline_ns if c.since_ns else now + timeout_ns, limit
     cdef uint32_t word
     cdef bint late = False
     for_ever = for_ever or h.engine.hosts.debug
@@ -342,6 +369,8 @@ cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ev
         now = now_ns()
         if word & REQ_STATE == REQ_DONE:
             note_latency(h, now - k.posted_ns)
+            u64_store(&h.answered_ns, now)
+            c.deadline_ns += queued_ns(k, now)
             return q.error if -ERRNO_MAX <= q.error <= 0 else -EIO
         if word & REQ_STATE == REQ_LOST:
             k.lost += 1
@@ -353,13 +382,46 @@ cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ev
             continue
         if word & REQ_STATE == REQ_POSTED and u32_load(&h.state) == HOST_BROKEN and host_unpost(k, word):
             return -ECHILD
-        if now >= deadline and not for_ever and not late:
+        if word & REQ_STATE == REQ_TAKEN:
+            limit = deadline + queued_ns(k, now)
+        else:
+            limit = u64_load(&h.answered_ns) + timeout_ns
+            limit = limit if limit > deadline else deadline
+        if now >= limit and not for_ever and not late:
             if word & REQ_STATE == REQ_POSTED and host_unpost(k, word):
                 return -ETIMEDOUT
             late = True
             u32_store(&h.kill_generation, h.channel.generation)
             eventfd_raise(h.engine.keeper_fd)
-        futex_wait_shared(&q.word, word, deadline - now if now < deadline < now + SECOND_NS else SECOND_NS / 4)
+        futex_wait_shared(&q.word, word, limit - now if now < limit < now + SECOND_NS else SECOND_NS / 4)
+
+
+cdef int open_look(Slot *c, uint32_t retries, uint64_t deadline) noexcept nogil:
+    """Waits a little for the answer to an OPEN: 1 when it is not there yet, else 0 or -errno."""
+    cdef Carrier *k = c.carrier
+    cdef host_request *q = k.q
+    cdef uint32_t word = u32_load(&q.word), state = word & REQ_STATE
+    cdef uint64_t now = now_ns()
+    if state == REQ_LOST:
+        k.lost += 1
+        if k.lost > retries:
+            return -ECONNRESET
+        host_post(c, REQ_OPEN, q.session, 0, 0, 2, False)
+        return 1
+    if state == REQ_DONE or state == REQ_POSTED and u32_load(&k.h.state) == HOST_BROKEN:
+        return host_answer(c, 0, SECOND_NS, False)
+    if now >= deadline and not k.h.engine.hosts.debug:
+        return host_answer(c, 0, 0, False)
+    futex_wait_shared(&q.word, word, SLICE_NS if deadline <= now or deadline - now > SLICE_NS else deadline - now)
+    return 1
+
+
+cdef uint64_t queued_ns(Carrier *k, uint64_t now) noexcept nogil:
+    """How long a taken request waited for its turn, as the host tells."""
+    cdef uint64_t taken = u64_load(&k.q.taken_ns)
+    if taken > now:
+        taken = now
+    return taken - k.posted_ns if taken > k.posted_ns else 0
 
 
 cdef void note_latency(Host_t *h, uint64_t ns) noexcept nogil:

@@ -73,8 +73,9 @@ cdef class HostEnd:
     cdef HostSession *sessions
     cdef char *window[HOST_REQUESTS + 1]
     cdef list buffers
-    cdef uint32_t leader[HOST_REQUESTS]     # of the batch that a taken request belongs to; under the lock
-    cdef uint32_t left[HOST_REQUESTS]       # requests of a leader's batch without an answer
+    cdef uint32_t batch[HOST_REQUESTS]      # that a taken request belongs to: an index into the next two; under the lock
+    cdef uint32_t left[HOST_REQUESTS]       # requests of a batch without an answer; 0: the index is free
+    cdef uint64_t session_of[HOST_REQUESTS]
     cdef uint32_t answered                  # futex: answers to questions
     cdef host_message answer
     cdef int answer_fd
@@ -245,6 +246,12 @@ cdef class HostEnd:
         """Request `slot` failed: an errno, and what the user is to read."""
         cdef host_request *q = _request(self, slot)
         cdef bytes raw = text.encode("utf-8", "replace")[-<int>HOST_TEXT_BYTES:]
+        cdef HostBuffer b = self.buffers[slot]
+        if b is not None and b.exports:     # a thread of the provider may still write to it
+            try:
+                self._take_away(slot, b)
+            except MemoryError:
+                _os._exit(1)                # better no host than one that writes into another block
         memcpy(q.text, PyBytes_AsString(raw), <size_t>len(raw))
         q.text_bytes = <uint32_t>len(raw)
         self.buffers[slot] = None
@@ -455,10 +462,9 @@ cdef int host_take(HostEnd end, uint32_t *found) noexcept nogil:
 
 cdef int host_pick(HostEnd end, uint32_t *found) noexcept nogil:
     cdef host_channel *ch = end.channel
-    cdef uint64_t posted = u64_load_seq(&ch.posted), bits = posted
+    cdef uint64_t posted = u64_load_seq(&ch.posted), bits = posted, session
     cdef int best = -1, i, n = 0
     cdef HostSession *one
-    cdef host_request *q
     if posted == 0:
         return 0
     pthread_mutex_lock(&end.lock)
@@ -472,22 +478,35 @@ cdef int host_pick(HostEnd end, uint32_t *found) noexcept nogil:
     if best >= 0 and request_take(ch, best):
         found[0] = <uint32_t>best
         n = 1
-        end.leader[best] = <uint32_t>best
-        q = &ch.request[best]
-        one = session_find(end, q.session)
-        one.running += 1
-        bits = posted & ~(<uint64_t>1 << best) if one.read_many and q.kind == REQ_READ else 0
+        session = ch.request[best].session
+        one = session_find(end, session)
+        bits = posted & ~(<uint64_t>1 << best)
+        if one == NULL or not one.read_many or ch.request[best].kind != REQ_READ:
+            bits = 0
         while bits:
             i = u64_log2(bits)
             bits &= ~(<uint64_t>1 << i)
-            if i < <int>HOST_REQUESTS and ch.request[i].session == q.session and ch.request[i].kind == REQ_READ:
+            if i < <int>HOST_REQUESTS and ch.request[i].session == session and ch.request[i].kind == REQ_READ:
                 if request_take(ch, i):
                     found[n] = <uint32_t>i
-                    end.leader[i] = <uint32_t>best
                     n += 1
-        end.left[best] = <uint32_t>n
+        batch_begin(end, session, found, <uint32_t>n)
+        if one != NULL:
+            one.running += 1
     pthread_mutex_unlock(&end.lock)
     return n
+
+
+cdef void batch_begin(HostEnd end, uint64_t session, const uint32_t *found, uint32_t n) noexcept nogil:
+    """Requests that one thread took together. A number of its own: a request is used again as soon as it is answered,
+    before the others of its batch are. Under the lock."""
+    cdef uint32_t b = 0, i
+    while b < HOST_REQUESTS - 1 and end.left[b]:
+        b += 1                              # at most as many batches as requests
+    end.left[b] = n
+    end.session_of[b] = session
+    for i in range(n):
+        end.batch[found[i]] = b
 
 
 cdef bint request_before(host_channel *ch, int i, int best) noexcept nogil:
@@ -498,7 +517,7 @@ cdef bint request_before(host_channel *ch, int i, int best) noexcept nogil:
     if best < 0:
         return True
     if a.urgent != ch.request[best].urgent:
-        return a.urgent != 0
+        return a.urgent > ch.request[best].urgent
     return a.order < ch.request[best].order
 
 
@@ -509,18 +528,21 @@ cdef bint request_take(host_channel *ch, int i) noexcept nogil:
     if not u32_cas(&ch.request[i].word, word, word & ~<uint32_t>REQ_STATE | REQ_TAKEN):
         return False
     u64_and(&ch.posted, ~(<uint64_t>1 << i))
+    u64_store(&ch.request[i].taken_ns, now_ns())
     return True
 
 
 cdef void request_end(HostEnd end, uint32_t slot, int err) noexcept nogil:
     """The answer. With the last one of a batch its session may be handed to a thread again."""
     cdef host_request *q = &end.channel.request[slot]
-    cdef uint32_t word = u32_load(&q.word), leader = end.leader[slot]
+    cdef uint32_t word = u32_load(&q.word), b
     cdef HostSession *one
     pthread_mutex_lock(&end.lock)
-    end.left[leader] -= 1
-    if end.left[leader] == 0:
-        one = session_find(end, q.session)
+    b = end.batch[slot]
+    if end.left[b]:
+        end.left[b] -= 1
+    if end.left[b] == 0:
+        one = session_find(end, end.session_of[b])
         if one != NULL and one.running:
             one.running -= 1
     pthread_mutex_unlock(&end.lock)

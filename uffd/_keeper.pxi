@@ -110,6 +110,8 @@ cdef bint keeper_look(Engine_t *e, Slot *s, uint64_t now) noexcept nogil:
     cdef Region_t *r
     if since == 0 or now < since + PATIENCE_NS and not late and not nudge:
         return False
+    if s.kind == SLOT_HOSTED and s.cause != DEMAND:
+        return False                        # it may only wait for its turn, and nobody waits in a touch
     r = keeper_hold(s, since)
     if r == NULL:
         return False

@@ -436,10 +436,10 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
         close(e.faults_fd)
     if e.keeper_fd >= 0:
         close(e.keeper_fd)
-    if e.hosts != NULL:
-        hosts_free(e.hosts)
     while e.sessions != NULL:
         session_end(e, e.sessions.id)
+    if e.hosts != NULL:
+        hosts_free(e.hosts)
     free(e.closed)
     free(e)
 

@@ -157,6 +157,7 @@ cdef extern from "_host.h" nogil:
         int64_t opened_bytes
         uint32_t opened_concurrency
         uint32_t opened_flags
+        uint64_t taken_ns
         char text[8192]
     struct host_offer:
         uint32_t word
