@@ -360,11 +360,13 @@ class _Http:
         if coding not in ("identity", ""):
             raise OSError(errno.EOPNOTSUPP, f"the server answers encoded ({coding}) though identity was asked for; its "
                           "ranges are not those of the file", shown(self._url))
+        stop = piece.stop
         if answer.status == 206:
             told = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("Content-Range", ""))
             if told is None or int(told[1]) != piece.start:
                 raise OSError(errno.EIO, f"asked for bytes from {piece.start} on, the server sends "
                               f"{answer.headers.get('Content-Range')!r}", shown(self._url))
+            stop = int(told[2]) + 1
             found = (size if told[3] == "*" else int(told[3]), version)
         elif (piece.start, piece.stop) == (0, size):
             found = (answer.content_length, version)                 # all of it, which is what was asked for
@@ -372,8 +374,8 @@ class _Http:
             raise self._no_ranges(answer)
         if found != self._opened:
             raise _changed(self._url, self._opened, found)
-        if answer.status == 206 and int(told[2]) != piece.stop - 1:
-            raise _short(self._url, piece, int(told[2]) + 1 - piece.start)
+        if stop != piece.stop:
+            raise _short(self._url, piece, stop - piece.start)
 
     def _check_status(self, answer: Any) -> None:
         if answer.status in (200, 206):

@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,9 +165,9 @@ class Zarr(Provider):
 
     def _offer_chunk(self, index: Index, chunk: np.ndarray) -> None:
         """The whole chunk: what was asked for, or is there already, the engine leaves alone."""
-        session = getattr(self, "_session", None)
+        session = self._session
         block_bytes = getattr(session, "block_bytes", None)
-        if not block_bytes:
+        if session is None or not block_bytes:
             return
         for offset, step, rows in self._layout.rows(index, chunk):
             if rows.shape[1] < block_bytes:      # no row covers a block
@@ -267,13 +267,17 @@ def _made_store(zarr: Any, store: str, storage_options: Mapping[str, Any]) -> An
 
 
 def _close_session(fs: Any) -> None:
-    """An HTTP file system that zarr uses from its own loop does not close its connections by itself."""
-    session = getattr(fs, "_session", None)
-    loop = getattr(session, "_loop", None)
-    if loop is not None and loop.is_running():
-        import asyncio                           # here: it takes long to import
+    """The connections of an HTTP or S3 file system: used from zarr 3's own loop, it does not close them by itself."""
+    held: Any = getattr(fs, "_s3creator", None) or getattr(fs, "_session", None)
+    if not getattr(fs, "asynchronous", False) or not hasattr(held, "__aexit__"):
+        return
+    from zarr.core.sync import sync
 
-        asyncio.run_coroutine_threadsafe(session.close(), loop).result(5)
+    async def close() -> None:
+        await held.__aexit__(None, None, None)
+
+    with suppress(Exception):                    # what can't be closed ends with the process
+        sync(close())
 
 
 def _is_version_2(zarr: Any) -> bool:
