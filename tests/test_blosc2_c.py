@@ -160,13 +160,13 @@ def array(path, values, chunks, blocks, **cparams):
     return np.ascontiguousarray(made[...]).tobytes()
 
 
-def replaced_chunks(path):
+def replaced_chunks(path, chunk_bytes=20000):
     """Chunks that were replaced, put in and taken out: offsets out of order, holes."""
-    made = blosc2.SChunk(chunksize=20000, data=smooth(50000).tobytes(), urlpath=str(path), mode="w", contiguous=True,
-                         cparams={"typesize": 4, "nthreads": 1})
-    made.update_data(3, noise(20000), copy=True)
-    made.update_data(1, smooth(5000).tobytes(), copy=True)
-    made.insert_data(2, bytes(20000), copy=True)
+    made = blosc2.SChunk(chunksize=chunk_bytes, data=smooth(chunk_bytes // 4 * 10).tobytes(), urlpath=str(path),
+                         mode="w", contiguous=True, cparams={"typesize": 4, "nthreads": 1})
+    made.update_data(3, noise(chunk_bytes), copy=True)
+    made.update_data(1, smooth(chunk_bytes // 4).tobytes(), copy=True)
+    made.insert_data(2, bytes(chunk_bytes), copy=True)
     made.delete_chunk(5)
     return made[:]
 
@@ -449,7 +449,7 @@ DAMAGED = {
                                      filters=[Filter.DELTA, Filter.SHUFFLE], filters_meta=[0, 0]),
     "stored": lambda path: schunk(path, noise(1000), 400, typesize=1),
     "specials": mixed_specials,
-    "replaced": replaced_chunks,
+    "replaced": lambda path: replaced_chunks(path, 2000),
     "grid": lambda path: array(path, cube((31, 27), "u1"), (10, 13), (3, 7)),
 }
 

@@ -55,8 +55,15 @@ def read_children():
     return frozenset(children)
 
 
-def read_mappings():
-    """(ranges registered with a userfaultfd, lines of memfds, number of mappings)."""
+def read_mappings(fds):
+    """(ranges registered with a userfaultfd, lines of memfds, number of mappings).
+
+    A registration ends with the last descriptor of its userfaultfd, so without one the short list will do: the kernel
+    takes ten times as long to write the long one, and this is asked twice in each test."""
+    if not any("userfaultfd" in target for target in fds.values()):
+        with open("/proc/self/maps") as maps:
+            lines = maps.read().splitlines()
+        return (), tuple(line.strip() for line in lines if "/memfd:" in line), len(lines)
     managed, memfds, count, head = [], [], 0, ""
     with open("/proc/self/smaps") as smaps:
         for line in smaps:
@@ -71,8 +78,9 @@ def read_mappings():
 
 
 def take():
-    managed, memfds, count = read_mappings()
-    return Snapshot(read_fds(), read_threads(), read_children(), managed, memfds, count)
+    fds = read_fds()
+    managed, memfds, count = read_mappings(fds)
+    return Snapshot(fds, read_threads(), read_children(), managed, memfds, count)
 
 
 def difference(before, after):
