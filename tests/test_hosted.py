@@ -1,6 +1,8 @@
 """Providers in Python, end to end: content, errors, time-outs, buffers that are kept, offers, batches, life of hosts."""
 
+import ctypes
 import errno
+import mmap
 import os
 import re
 import signal
@@ -196,6 +198,97 @@ def test_time_out_names_the_block_and_spares_the_others(make, capfd):
     del array
     region.populate((0, BLOCK))
     assert "did not answer in time" in capfd.readouterr().err
+
+
+def test_a_failed_call_loses_its_buffer(make):
+    """Goal: what a provider's own thread writes after its call failed reaches no block, of this region or another."""
+    region = make(128 * BLOCK, hosted.Straggles(), readahead_bytes=0)
+    array, right = region.array(), pattern(0, 128 * BLOCK)
+    for start in range(0, 128 * BLOCK, BLOCK):
+        assert np.array_equal(array[start:start + BLOCK], right[start:start + BLOCK])
+    time.sleep(0.3)
+    assert np.array_equal(array, right)
+    del array
+
+
+def test_dropped_pages_come_again(make):
+    """Goal: pages that the program drops (madvise) are asked for again."""
+    region = make(8 * BLOCK, fill_pattern)
+    array = region.array()
+    assert np.array_equal(array, pattern(0, 8 * BLOCK))
+    address = ctypes.c_void_p(array.ctypes.data + BLOCK)
+    assert ctypes.CDLL(None).madvise(address, ctypes.c_size_t(3 * BLOCK), mmap.MADV_DONTNEED) == 0
+    assert np.array_equal(array, pattern(0, 8 * BLOCK))
+    del array
+
+
+def test_a_queue_is_nobodys_fault(make, engine):
+    """Goal: requests that wait for their turn longer than timeout_s are not late; the host answers all the time."""
+    region = make(64 << 20, Slow(0.05, 64 << 20), timeout_s=1.0, readahead_bytes=0)
+    fetch = region.prefetch()
+    wait_until(lambda: region.resident().any(), "nothing came")
+    first = pids(engine)
+    array = region.array()
+    assert array[-1] == pattern((64 << 20) - 1, 1)[0]      # before the 100 pieces that wait
+    assert not fetch.done()
+    del array
+    fetch.wait(50)
+    assert pids(engine) == first
+
+
+@pytest.mark.parametrize("backing", ["anon", "shared"])
+def test_touches_that_fail_hold_up_nobody(backing):
+    """Goal: while touches of a region fail for ever (on_error="wait"), other regions of the engine are served."""
+    run_script(f"""
+from support.hosted import FailsAlways
+engine = uffd.Engine(workers=2)
+bad = region(64 * BLOCK, FailsAlways(), engine=engine, on_error="wait", backing={backing!r}, delivery="thread")
+good = region(64 * BLOCK, providers.Zero(), engine=engine, delivery="thread")
+touch_in_threads(bad.array(), [block * BLOCK for block in range(0, 60, 5)])
+time.sleep(0.5)
+assert good.array().sum() == 0
+os._exit(0)
+""").check()
+
+
+def test_closing_the_engine_ends_a_region_in_the_making():
+    """Goal: Region() that waits for open() in one thread, Engine.close() in another: an error, and no crash."""
+    run_script("""
+from support.hosted import SleepsInOpen
+engine = uffd.Engine(workers=1)
+caught = []
+def make():
+    try:
+        uffd.Region(BLOCK, SleepsInOpen(), engine=engine)
+    except ValueError as error:
+        caught.append(str(error))
+thread = threading.Thread(target=make)
+thread.start()
+time.sleep(0.5)
+engine.close()
+thread.join()
+assert caught == ["the engine was closed"], caught
+""").check()
+
+
+def test_interrupted_while_the_provider_is_opened():
+    """Goal: Ctrl-C ends Region() that waits for open(), and the host goes on for others."""
+    run_script("""
+from support.hosted import SleepsInOpen, fill_pattern
+other = region(64 * BLOCK, fill_pattern, readahead_bytes=0)
+other.populate((0, BLOCK))
+hosts = other.engine._threads.host_pids()
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    region(BLOCK, SleepsInOpen())
+    assert False
+except KeyboardInterrupt:
+    pass
+time.sleep(1.5)
+assert other.array()[9 * BLOCK] == pattern(9 * BLOCK, 1)[0]
+assert other.engine._threads.host_pids() == hosts
+os._exit(0)
+""").check()
 
 
 @pytest.mark.parametrize("how", ["dies", "leaves"])

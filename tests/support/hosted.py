@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -118,8 +119,6 @@ class Keeps(Pattern):
         self.kept = []
 
     def read(self, offset, out):
-        import threading
-
         out[:] = pattern(offset, len(out))
         self.kept.append(out)
         threading.Timer(0.1, self.scribble).start()
@@ -201,3 +200,34 @@ class Descriptors(Pattern):
         out[:] = 0
         numbers = [int(name) for name in os.listdir("/proc/self/fd")]
         out[:len(numbers)] = np.sort(np.array(numbers, np.uint8))
+
+
+class Straggles(Pattern):
+    """Fails at once while a thread of its own goes on writing to what it was given."""
+
+    def open(self):
+        self.calls = 0
+
+    def read(self, offset, out):
+        self.calls += 1
+        if self.calls > 1:
+            out[:] = pattern(offset, len(out))
+            return
+        threading.Thread(target=self.scribble, args=(out,), daemon=True).start()
+        raise OSError(5, "one part of it failed")
+
+    def scribble(self, out):
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            out[:] = 0xEE
+            time.sleep(0.0005)
+
+
+class FailsAlways(Pattern):
+    def read(self, offset, out):
+        raise OSError(5, "never")
+
+
+class SleepsInOpen(Pattern):
+    def open(self):
+        time.sleep(3600)
