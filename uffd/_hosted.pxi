@@ -215,8 +215,8 @@ cdef uint32_t hosted_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint writ
 
 
 cdef void hosted_repair(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
-    """A block of which the program dropped pages is asked for again: in the SIGBUS handler by the toucher itself, else by
-    the request's own thread."""
+    """A block of which the program dropped pages is asked for again: in the SIGBUS handler by the toucher itself, else
+    by the request's own thread."""
     cdef Slot *c = carrier_borrow(r.engine, True)
     if c == NULL:
         enter_blocking(s)

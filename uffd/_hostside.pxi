@@ -73,7 +73,7 @@ cdef class HostEnd:
     cdef HostSession *sessions
     cdef char *window[HOST_REQUESTS + 1]
     cdef list buffers
-    cdef uint32_t batch[HOST_REQUESTS]      # that a taken request belongs to: an index into the next two; under the lock
+    cdef uint32_t batch[HOST_REQUESTS]      # that a taken request belongs to, by index into these; under the lock
     cdef uint32_t left[HOST_REQUESTS]       # requests of a batch without an answer; 0: the index is free
     cdef uint64_t session_of[HOST_REQUESTS]
     cdef uint32_t answered                  # futex: answers to questions

@@ -308,8 +308,7 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
             return answer[0], tuple(name if part == "<dynamic-code>" else part for part in answer[1]), *answer[2:]
 
         def see_array(self, array: Any) -> None:
-            what = "an array" if isinstance(array, np.ndarray) else "a memoryview"
-            what += f" of shape {tuple(array.shape)}" if array.ndim != 1 else f" of {array.shape[0]} items"
+            what = _array_in_words(array)
             if self.largest is None or array.nbytes > self.largest[0]:
                 self.largest = array.nbytes, what
             if array.nbytes > PICKLE_BYTES_MAX:
@@ -327,6 +326,11 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
                 self.by_value.append(module)
 
     return Pickler
+
+
+def _array_in_words(array: Any) -> str:
+    what = "an array" if isinstance(array, np.ndarray) else "a memoryview"
+    return what + (f" of shape {tuple(array.shape)}" if array.ndim != 1 else f" of {array.shape[0]} items")
 
 
 def _is_hosted_region(thing: Any) -> bool:
