@@ -46,7 +46,7 @@ PROGRAMS = [
     "1000000000000 40000180000285",
     "(10000, 3) [9999.  4999.5 2499.75] 2499.75",
     "5 16 blocks, of which one was touched",
-    "5 1048576 2 OSError: [Errno 5] the tape is torn\n1",
+    "5 True 2 OSError: [Errno 5] the tape is torn\n1",
 ]
 
 
