@@ -1,4 +1,4 @@
-"""Providers in Python, end to end: content, errors, time-outs, buffers that are kept, offers, batches, life of hosts."""
+"""Providers in Python, end to end: content, errors, time-outs, buffers that are kept, offers, batches, hosts' lives."""
 
 import ctypes
 import errno
@@ -389,7 +389,7 @@ def test_no_host_no_zombie_after_the_engine():
 
 
 def test_host_has_only_its_descriptors(make):
-    """Goal: 0, 1, 2, the two of its own, what it opened itself (the parent's pidfd, the listing); none of the program."""
+    """Goal: 0, 1, 2, its own two, what it opened itself (the parent's pidfd, the listing); none of the program."""
     extra = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
     inherited = os.dup(extra[0])
     os.set_inheritable(inherited, True)

@@ -319,9 +319,8 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
             if not isinstance(name, str) or name in self.looked_at or name in MAIN_NAMES:
                 return
             self.looked_at.add(name)
-            module = sys.modules.get(name)
-            if module is not None and not _importable(module) and \
-                    name not in cloudpickle.list_registry_pickle_by_value():
+            module, known = sys.modules.get(name), cloudpickle.list_registry_pickle_by_value()
+            if module is not None and not _importable(module) and name not in known:
                 cloudpickle.register_pickle_by_value(module)
                 self.by_value.append(module)
 
