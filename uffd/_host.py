@@ -442,7 +442,7 @@ def _not_loaded(error: BaseException) -> str:
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, ModuleNotFoundError):
         cure = ("The module must be found in another process, too: install it, or put its folder on sys.path before "
-                "the region is made")
+                'the region is made; or pip install "pyuffd[callback]" (cloudpickle), by which such code travels')
     elif isinstance(error, AttributeError) and any(name in str(error) for name in hosted.MAIN_NAMES):
         cure = ("The main module, imported again, does not define it: move it out of `if __name__ == \"__main__\":`, "
                 'or into a module of its own, or pip install "pyuffd[callback]" (cloudpickle)')
@@ -523,6 +523,8 @@ def _set_up_streams(debug: bool) -> None:
             os.dup2(null, fd)
     if null > 2:
         os.close(null)
+    else:
+        os.set_inheritable(null, True)           # it took the place of a closed stream
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)

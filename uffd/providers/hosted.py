@@ -21,6 +21,7 @@ __all__ = ["Provider"]
 
 PICKLE_BYTES_MAX = 64 << 20
 MAIN_NAMES = ("__main__", "__mp_main__")         # the latter in a process that multiprocessing spawned
+_EVERYWHERE = ("cloudpickle", "numpy", "uffd")   # packages that a host has for certain
 _by_value_lock = threading.RLock()               # cloudpickle keeps one registry for the process
 _in_host = False
 
@@ -289,6 +290,8 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
                 self.see_array(thing)
             elif isinstance(thing, io.TextIOWrapper) and thing not in (sys.stdout, sys.stderr):
                 raise TypeError("an open file belongs to this process")         # cloudpickle would take its contents
+            elif _is_library(thing):
+                raise TypeError("a loaded library belongs to this process")     # and its handle, here a number
             elif _is_hosted_region(thing):
                 raise TypeError("its provider is in Python, and a host starts no hosts of its own")
             named = isinstance(thing, (type, types.FunctionType))
@@ -332,6 +335,11 @@ def _array_in_words(array: Any) -> str:
     return what + (f" of shape {tuple(array.shape)}" if array.ndim != 1 else f" of {array.shape[0]} items")
 
 
+def _is_library(thing: Any) -> bool:
+    kind = getattr(sys.modules.get("ctypes"), "CDLL", None)
+    return kind is not None and isinstance(thing, kind)
+
+
 def _is_hosted_region(thing: Any) -> bool:
     region = getattr(sys.modules.get("uffd.region"), "Region", None)
     return region is not None and isinstance(thing, region) and not hasattr(thing.provider, "_filler")
@@ -340,7 +348,7 @@ def _is_hosted_region(thing: Any) -> bool:
 def _importable(module: types.ModuleType) -> bool:
     """Whether a process with this one's sys.path would import the same file under the module's name."""
     name = module.__name__
-    if name.partition(".")[0] in sys.stdlib_module_names or name.partition(".")[0] in ("numpy", "uffd"):
+    if name.partition(".")[0] in sys.stdlib_module_names or name.partition(".")[0] in _EVERYWHERE:
         return True
     path, spec, so_far = None, None, ""
     try:
@@ -426,7 +434,7 @@ def _parts(thing: Any, where: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{where}[{key!r}]", part) for key, part in thing.items())
     elif isinstance(thing, (list, tuple)):
         yield from ((f"{where}[{at}]", part) for at, part in enumerate(thing))
-    elif not isinstance(thing, (type, types.ModuleType)) and not _is_hosted_region(thing):
+    elif not (isinstance(thing, (type, types.ModuleType)) or _is_library(thing) or _is_hosted_region(thing)):
         yield from ((f"{where or 'self'}.{name}", part) for name, part in getattr(thing, "__dict__", {}).items())
 
 
