@@ -222,7 +222,7 @@ cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogi
         st.next += st.stride * <int64_t>p.count
         n -= p.count
         pieces += 1
-    if pieces > 1 or pieces and s.kind == SLOT_INLINE:
+    if pieces > 1 or pieces and s.kind != SLOT_WORKER:
         wake_worker(r.engine)
 
 
@@ -360,11 +360,11 @@ cdef Job_t *job_ready(Engine_t *e, Slot *s, uint32_t kind, Region_t **r, Slot **
             r[0] = region_acquire(j.region_id)
             by[0] = s
             if r[0] != NULL and r[0].hosted:
-                by[0] = carrier_borrow(e, False)
+                by[0] = carrier_borrow(e, r[0], False)
                 if by[0] == NULL:
                     u32_store_seq(&e.jobs_starved, 1)
                     fence_seq()             # pairs with carrier_return
-                    by[0] = carrier_borrow(e, False)
+                    by[0] = carrier_borrow(e, r[0], False)
             if by[0] != NULL:
                 u32_store(&e.jobs_starved, 0)
                 return j

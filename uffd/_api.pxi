@@ -190,7 +190,7 @@ cdef class Engine:
         try:
             while c == NULL and not u32_load(&e.stopping):
                 with nogil:
-                    c = carrier_borrow(e, True)
+                    c = carrier_borrow(e, NULL, True)
                     if c == NULL:
                         poll(NULL, 0, 5)
                 PyErr_CheckSignals()

@@ -126,6 +126,7 @@ cdef struct Region_t:
     bint zeropage
     bint nested                 # FILL_DIRECT from another region's memory, whose faults somebody must serve
     bint hosted                 # its provider runs in another process
+    uint32_t asked              # hosted: requests that it has in use
     void *texts                 # hosted: what the host said about failures, beside `error`
     bint slow                   # a fill can take long: its worker counts as busy
     bint wait_for_ever          # on_error="wait"
@@ -263,6 +264,7 @@ cdef struct Engine_t:
     uint32_t placing
     Hosts_t *hosts              # NULL until the first hosted provider
     Session_t *sessions         # under registry_lock
+    uint32_t carrier_waiters    # who waits for one
     uint32_t carrier_turn       # futex: changes whenever a request is free again
     uint32_t carriers           # their threads, and those of offers; futex
     uint32_t broken             # a forked child could not start its threads

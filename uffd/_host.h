@@ -167,9 +167,13 @@ static inline int host_spawn(struct host_start *s)
     char *stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     if (stack == MAP_FAILED)
         return -errno;
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
     s->error = 0;
     int pid = clone(host_exec, stack + STACK, CLONE_VM | CLONE_VFORK | SIGCHLD, s);
     int error = pid < 0 ? errno : s->error;
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
     munmap(stack, STACK);
     if (pid > 0 && error)
         waitpid(pid, NULL, 0);

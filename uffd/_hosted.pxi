@@ -11,6 +11,7 @@
 # thread, to which the worker passes it on, so that no worker waits for Python code. One drives at a time.
 
 cdef enum:
+    SHARE = 24                              # requests of one host that one region may have
     SPARE = 8                               # requests kept for touches: work that nobody waits for leaves them alone
     T_RUN = 1                               # what a carrier's thread is to do: end the run that was posted,
     T_PIECE = 2                             # fill a piece of read-ahead,
@@ -19,6 +20,7 @@ cdef enum:
     HOST_DOWN = 0
     HOST_UP = 1
     HOST_BROKEN = 2                         # it can't be started: requests fail
+    LOST_BY_OTHERS = 1                      # `error` of a lost request whose host was killed for another's sake
     STARTS = 4                              # hosts that ended before they took a request, until it counts as broken
 cdef uint64_t SPIN_NS = 60000               # answers that take longer are waited for asleep
 
@@ -29,11 +31,12 @@ cdef struct Carrier:
     uint32_t index
     uint32_t baton                          # futex: T_* while its thread has it in hand, 0 when the thread has nothing
     uint32_t threaded                       # its thread was started
+    Region_t *counted                       # whose share of requests it is of, or NULL
     # the request in flight: of who drives
     uint64_t posted_offset                  # what was posted, and not waited for yet
     uint64_t posted_bytes                   # 0: nothing
     uint64_t posted_ns
-    uint32_t lost                           # hosts that died with this request
+    uint32_t lost                           # of OPEN: hosts that died with it
     # what its thread is to do: written before the baton
     Region_t *region
     uint32_t demand_write
@@ -84,13 +87,16 @@ cdef uint64_t session_next = 1              # under registry_lock
 
 # ---- carriers ---------------------------------------------------------------------------------------------------
 
-cdef Slot *carrier_borrow(Engine_t *e, bint urgent) noexcept nogil:
-    """A free request of the host that has most of them, or NULL. Not urgent: the last SPARE are left alone."""
+cdef Slot *carrier_borrow(Engine_t *e, Region_t *r, bint urgent) noexcept nogil:
+    """A free request of the host that has most of them, or NULL. Not urgent: the last SPARE are left alone. r, if not
+    NULL, may have SHARE of them per host: one whose provider hangs leaves some to the others."""
     cdef Host_t *h
     cdef Host_t *best
     cdef uint64_t bits, bit
     cdef int most, n
     cdef uint32_t i
+    if r != NULL and u32_load(&r.asked) >= SHARE * e.hosts.n:
+        return NULL
     while True:
         best = NULL
         most = 0 if urgent else <int>SPARE
@@ -108,17 +114,23 @@ cdef Slot *carrier_borrow(Engine_t *e, bint urgent) noexcept nogil:
         bit = bits & (~bits + 1)
         if bit and u64_cas(&best.free, bits, bits & ~bit):
             best.carrier[u64_log2(bit)].posted_bytes = 0
+            best.carrier[u64_log2(bit)].lost = 0
+            best.carrier[u64_log2(bit)].counted = r
+            if r != NULL:
+                u32_add(&r.asked, 1)
             return best.carrier[u64_log2(bit)].s
 
 
-cdef Slot *carrier_wait(Engine_t *e) noexcept nogil:
+cdef Slot *carrier_wait(Engine_t *e, Region_t *r) noexcept nogil:
     """The same for a touch: sleeps while all are in use."""
     cdef uint32_t turn
     cdef Slot *c
+    u32_add_seq(&e.carrier_waiters, 1)
     while True:
         turn = u32_load(&e.carrier_turn)
-        c = carrier_borrow(e, True)
+        c = carrier_borrow(e, r, True)
         if c != NULL:
+            u32_sub(&e.carrier_waiters, 1)
             return c
         futex_wait(&e.carrier_turn, turn, SECOND_NS)
 
@@ -126,12 +138,13 @@ cdef Slot *carrier_wait(Engine_t *e) noexcept nogil:
 cdef void carrier_return(Slot *c) noexcept nogil:
     cdef Carrier *k = c.carrier
     cdef Engine_t *e = c.engine
-    cdef uint64_t bits
     u32_store(&c.tid, 0)
+    if k.counted != NULL:                   # the caller still has its reference
+        u32_sub(&k.counted.asked, 1)
     u32_store(&k.q.word, (u32_load(&k.q.word) & ~<uint32_t>REQ_STATE) | REQ_FREE)
-    bits = u64_or(&k.h.free, <uint64_t>1 << k.index)
-    u32_add(&e.carrier_turn, 1)
-    if bits == 0:
+    u64_or(&k.h.free, <uint64_t>1 << k.index)
+    u32_add_seq(&e.carrier_turn, 1)
+    if u32_load_seq(&e.carrier_waiters):
         futex_wake_all(&e.carrier_turn)
     fence_seq()                             # pairs with job_ready: it says that it found none, then looks again
     if u32_load(&e.jobs_starved):
@@ -179,7 +192,7 @@ cdef void *carrier_main(void *argument) noexcept nogil:
         elif task == T_JOB:
             job_fill(e, k.s, k.job, r, k.first, k.count)
         else:
-            host_answer(k.s, 0, k.count, False)
+            host_answer(k.s, k.count, NULL)
         u32_store(&k.baton, 0)
         carrier_return(k.s)
         if r != NULL:
@@ -194,11 +207,11 @@ cdef void *carrier_main(void *argument) noexcept nogil:
 cdef uint32_t hosted_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint write, bint alone) noexcept nogil:
     """A touch of missing blocks: claims up to n of them from b on, asks for them, and ends the run or passes it on. How
     many it claimed. alone: no other fault waits for this worker, it may wait a little for the answer."""
-    cdef Slot *c = carrier_borrow(r.engine, True)
+    cdef Slot *c = carrier_borrow(r.engine, r, True)
     cdef uint32_t got
     if c == NULL:
         enter_blocking(s)
-        c = carrier_wait(r.engine)
+        c = carrier_wait(r.engine, r)
         leave_blocking(s)
     got = begin_run(c, r, b, n, write, DEMAND, MISSING)
     if got == 0:
@@ -217,10 +230,10 @@ cdef uint32_t hosted_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint writ
 cdef void hosted_repair(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
     """A block of which the program dropped pages is asked for again: in the SIGBUS handler by the toucher itself, else
     by the request's own thread."""
-    cdef Slot *c = carrier_borrow(r.engine, True)
+    cdef Slot *c = carrier_borrow(r.engine, r, True)
     if c == NULL:
         enter_blocking(s)
-        c = carrier_wait(r.engine)
+        c = carrier_wait(r.engine, r)
         leave_blocking(s)
     if s.kind == SLOT_INLINE:
         u32_store(&c.tid, <uint32_t>thread_id())
@@ -239,7 +252,7 @@ cdef void hosted_repair(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexce
 
 cdef bint hosted_piece(Region_t *r, Piece *p) noexcept nogil:
     """Read-ahead; False when no request is free."""
-    cdef Slot *c = carrier_borrow(r.engine, False)
+    cdef Slot *c = carrier_borrow(r.engine, r, False)
     if c == NULL:
         return False
     c.carrier.piece = p[0]
@@ -256,7 +269,7 @@ cdef void hosted_job(Slot *c, Region_t *r, Job_t *j, uint64_t first, uint64_t n)
 
 cdef int inline_hosted(Region_t *r, uint64_t b, bint write) noexcept nogil:
     """In the SIGBUS handler: the toucher drives its request itself. BUS_NOT_OURS: look at the block's state again."""
-    cdef Slot *c = carrier_wait(r.engine)
+    cdef Slot *c = carrier_wait(r.engine, r)
     cdef uint32_t got
     u32_store(&c.tid, <uint32_t>thread_id())
     got = begin_run(c, r, b, 1, write, DEMAND, MISSING)
@@ -339,19 +352,21 @@ cdef int host_fill(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) noexc
     cdef Carrier *k = c.carrier
     cdef int err
     if k.posted_bytes != nbytes or k.posted_offset != offset:
-        k.lost = 0
         err = host_prepare(c, r, offset, nbytes)
         if err != 0:
             return err
-    err = host_answer(c, r.retries, r.timeout_ns, c.cause == DEMAND and r.wait_for_ever)
+    err = host_answer(c, r.timeout_ns, &r.closing if c.cause == DEMAND and r.wait_for_ever else NULL)
     k.posted_bytes = 0
     if err != 0:
         note_text(r, offset >> r.shift, k)
     return err
 
 
-cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ever) noexcept nogil:
-    """Waits for the answer to what was posted: its error number, -ETIMEDOUT, or -ECONNRESET when hosts died too often.
+cdef int host_answer(Slot *c, uint64_t timeout_ns, uint32_t *until) noexcept nogil:
+    """Waits for the answer to what was posted: its error number, -ETIMEDOUT, or -ECONNRESET when the host died with it.
+    until: not NULL: it is never late before this is not 0.
+
+    What is lost because the host was killed for another's sake is asked for again, with all its time.
 
     The time that a request waits for its turn is not its own; it is late there only if the host answers nobody. Then
     it is taken back. For a late one that the host has taken the host is killed: a thread of Python can't be ended,
@@ -361,10 +376,10 @@ cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ev
     cdef Host_t *h = k.h
     cdef host_request *q = k.q
     cdef uint64_t now = now_ns(), deadline = c.deadline_ns if c.since_ns else now + timeout_ns, limit
-    cdef uint32_t word
+    cdef uint32_t word, generation
     cdef bint late = False
-    for_ever = for_ever or h.engine.hosts.debug
     while True:
+        generation = u32_load(&h.channel.generation)    # before the word: not of a host that came after
         word = u32_load(&q.word)
         now = now_ns()
         if word & REQ_STATE == REQ_DONE:
@@ -373,11 +388,10 @@ cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ev
             c.deadline_ns += queued_ns(k, now)
             return q.error if -ERRNO_MAX <= q.error <= 0 else -EIO
         if word & REQ_STATE == REQ_LOST:
-            k.lost += 1
-            if late or k.lost > retries:
+            if late or q.error != LOST_BY_OTHERS:
                 return -ETIMEDOUT if late else -ECONNRESET
             host_post(c, q.kind, q.session, q.offset, q.nbytes, q.urgent, q.in_place)
-            deadline = now + timeout_ns     # another's fault: it has all its time again
+            deadline = now + timeout_ns
             c.deadline_ns = deadline
             continue
         if word & REQ_STATE == REQ_POSTED and u32_load(&h.state) == HOST_BROKEN and host_unpost(k, word):
@@ -387,11 +401,11 @@ cdef int host_answer(Slot *c, uint32_t retries, uint64_t timeout_ns, bint for_ev
         else:
             limit = u64_load(&h.answered_ns) + timeout_ns
             limit = limit if limit > deadline else deadline
-        if now >= limit and not for_ever and not late:
+        if now >= limit and not late and not h.engine.hosts.debug and (until == NULL or u32_load(until)):
             if word & REQ_STATE == REQ_POSTED and host_unpost(k, word):
                 return -ETIMEDOUT
             late = True
-            u32_store(&h.kill_generation, h.channel.generation)
+            u32_store(&h.kill_generation, generation)
             eventfd_raise(h.engine.keeper_fd)
         futex_wait_shared(&q.word, word, limit - now if now < limit < now + SECOND_NS else SECOND_NS / 4)
 
@@ -403,15 +417,15 @@ cdef int open_look(Slot *c, uint32_t retries, uint64_t deadline) noexcept nogil:
     cdef uint32_t word = u32_load(&q.word), state = word & REQ_STATE
     cdef uint64_t now = now_ns()
     if state == REQ_LOST:
-        k.lost += 1
+        k.lost += q.error != LOST_BY_OTHERS
         if k.lost > retries:
             return -ECONNRESET
         host_post(c, REQ_OPEN, q.session, 0, 0, 2, False)
         return 1
     if state == REQ_DONE or state == REQ_POSTED and u32_load(&k.h.state) == HOST_BROKEN:
-        return host_answer(c, 0, SECOND_NS, False)
+        return host_answer(c, SECOND_NS, NULL)
     if now >= deadline and not k.h.engine.hosts.debug:
-        return host_answer(c, 0, 0, False)
+        return host_answer(c, 0, NULL)
     futex_wait_shared(&q.word, word, SLICE_NS if deadline <= now or deadline - now > SLICE_NS else deadline - now)
     return 1
 
@@ -480,9 +494,11 @@ cdef void *offers_main(void *argument) noexcept nogil:
     cdef Host_t *h = <Host_t *>argument
     cdef Engine_t *e = h.engine
     cdef host_offer *o = &h.channel.offer
+    cdef uint32_t word
     while not u32_load(&e.stopping):
-        if u32_load(&o.word) != REQ_POSTED:
-            futex_wait_shared(&o.word, u32_load(&o.word), SECOND_NS / 4)
+        word = u32_load(&o.word)
+        if word != REQ_POSTED:
+            futex_wait_shared(&o.word, word, SECOND_NS / 4)
             continue
         o.taken = place_offer(h, o)
         if u32_cas(&o.word, REQ_POSTED, REQ_DONE):

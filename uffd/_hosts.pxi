@@ -198,6 +198,7 @@ cdef void host_ended(Host_t *h, int status) noexcept nogil:
         host_failed(h, -ECHILD)
     for i in range(HOST_REQUESTS):
         word = u32_load(&ch.request[i].word)
+        ch.request[i].error = LOST_BY_OTHERS if killed else 0       # who is late itself knows it
         if word & REQ_STATE == REQ_TAKEN and u32_cas(&ch.request[i].word, word,
                                                      word & ~<uint32_t>REQ_STATE | REQ_LOST):
             futex_wake_shared(&ch.request[i].word, 1)
@@ -343,6 +344,8 @@ cdef int hosts_child(Engine_t *e) noexcept nogil:
     cdef Host_t *h
     cdef uint32_t i, k
     e.carriers = 0
+    e.carrier_waiters = 0
+    e.jobs_starved = 0
     for i in range(e.hosts.n):
         h = &e.hosts.host[i]
         if h.control_fd >= 0:
@@ -360,6 +363,7 @@ cdef int hosts_child(Engine_t *e) noexcept nogil:
         h.again_ns = 0
         h.offering = 0
         h.latency_ns = 0
+        h.answered_ns = 0
         h.free = (<uint64_t>1 << HOST_REQUESTS) - 1
         for k in range(HOST_REQUESTS):
             h.carrier[k].baton = 0

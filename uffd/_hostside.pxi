@@ -8,6 +8,7 @@
 
 cdef enum:
     HOST_SESSIONS = 1 << 12                 # of one host at a time
+    HOST_CLOSINGS = 1 << 10                 # sessions closed by the engine that Python has not heard of yet
 
 cdef struct HostSession:
     uint64_t id                             # 0: free
@@ -77,8 +78,12 @@ cdef class HostEnd:
     cdef uint32_t left[HOST_REQUESTS]       # requests of a batch without an answer; 0: the index is free
     cdef uint64_t session_of[HOST_REQUESTS]
     cdef uint32_t answered                  # futex: answers to questions
-    cdef host_message answer
+    cdef host_message answer                # of the last one; under `asking`, once `answered` has changed
     cdef int answer_fd
+    cdef uint32_t closings                  # futex: sessions that the engine closed
+    cdef uint64_t closed[HOST_CLOSINGS]     # their numbers; under the lock
+    cdef uint32_t closed_head
+    cdef uint32_t closed_tail
 
     def __init__(self, int channel_fd, int control_fd):
         cdef uint32_t i
@@ -102,6 +107,8 @@ cdef class HostEnd:
             self.window[i] = map_window(channel_fd, host_buffer_at(i), HOST_BUFFER_BYTES)
             if self.window[i] == NULL:
                 raise MemoryError("no address space for page buffers")
+        if thread_spawn(&host_watcher, <void *>self, b"uffd-watch", -1) != 0:
+            raise MemoryError("no thread for a provider host")
 
     def ready(self):
         """Tells the engine that requests are taken."""
@@ -149,27 +156,27 @@ cdef class HostEnd:
     cdef char *_memory(self, uint64_t session, uint64_t offset, uint64_t nbytes) except NULL:
         """The region's own shared pages."""
         cdef HostSession *one
+        cdef host_message told
         cdef char *memory
+        cdef int fd
         pthread_mutex_lock(&self.lock)
-        one = session_find(self, session)
+        one = session_find(self, session, False)
         memory = one.memory if one != NULL else NULL
         pthread_mutex_unlock(&self.lock)
         if memory == NULL:
-            fd = self._ask(session, CONTROL_MEMORY)
-            try:
-                memory = map_window(fd, 0, self.answer.nbytes)
-            finally:
-                _os.close(fd)
+            fd = self._ask(session, CONTROL_MEMORY, &told)
+            memory = map_window(fd, 0, told.nbytes)
+            close(fd)
             if memory == NULL:
                 raise MemoryError("no address space for the region's shared pages")
             pthread_mutex_lock(&self.lock)
-            one = session_find(self, session)
+            one = session_find(self, session, False)
             if one != NULL and one.memory == NULL:
                 one.memory = memory         # of two threads at once, one mapping is left over: address space only
-                one.memory_bytes = self.answer.nbytes
+                one.memory_bytes = told.nbytes
             pthread_mutex_unlock(&self.lock)
         pthread_mutex_lock(&self.lock)
-        one = session_find(self, session)
+        one = session_find(self, session, False)
         if one == NULL or one.memory == NULL or offset > one.memory_bytes or nbytes > one.memory_bytes - offset:
             memory = NULL
         pthread_mutex_unlock(&self.lock)
@@ -182,7 +189,7 @@ cdef class HostEnd:
         cdef HostSession *one
         cdef host_request *q
         pthread_mutex_lock(&self.lock)
-        one = session_find(self, session)
+        one = session_find(self, session, False)
         if one != NULL:
             one.limit = concurrency if concurrency else 1
             one.read_many = read_many
@@ -224,7 +231,7 @@ cdef class HostEnd:
         cdef HostSession *one
         if q.in_place:
             pthread_mutex_lock(&self.lock)
-            one = session_find(self, q.session)
+            one = session_find(self, q.session, False)
             if one != NULL:
                 one.memory = NULL           # mapped again elsewhere at the next request; this mapping stays
             pthread_mutex_unlock(&self.lock)
@@ -286,7 +293,8 @@ cdef class HostEnd:
     def pickle_of(self, uint64_t session):
         """The pickle of the session's provider, from the engine."""
         cdef HostSession *one
-        fd = self._ask(session, CONTROL_PICKLE)
+        cdef host_message told
+        fd = self._ask(session, CONTROL_PICKLE, &told)
         try:
             size = _os.fstat(fd).st_size
             data = _os.pread(fd, size, 0)
@@ -298,44 +306,45 @@ cdef class HostEnd:
         finally:
             _os.close(fd)
         pthread_mutex_lock(&self.lock)
-        one = session_find(self, session)
+        one = session_find(self, session, True)
         if one != NULL:
-            one.block_bytes = self.answer.block_bytes
-            memcpy(one.name, self.answer.name, 80)
+            one.block_bytes = told.block_bytes
+            memcpy(one.name, told.name, 80)
             one.name[79] = 0
         pthread_mutex_unlock(&self.lock)
         return data
 
     def name_of(self, uint64_t session):
         """The region's name, known after pickle_of."""
-        cdef HostSession *one = session_find(self, session)
-        return "" if one == NULL else one.name.decode("utf-8", "replace")
+        cdef char name[80]
+        cdef HostSession *one
+        name[0] = 0
+        pthread_mutex_lock(&self.lock)
+        one = session_find(self, session, False)
+        if one != NULL:
+            memcpy(name, one.name, 80)
+        pthread_mutex_unlock(&self.lock)
+        return name.decode("utf-8", "replace")
 
     def block_bytes_of(self, uint64_t session):
         """The region's block size, known after pickle_of; 0 before."""
-        cdef HostSession *one = session_find(self, session)
-        return 0 if one == NULL else one.block_bytes
+        cdef HostSession *one
+        cdef uint64_t block_bytes = 0
+        pthread_mutex_lock(&self.lock)
+        one = session_find(self, session, False)
+        if one != NULL:
+            block_bytes = one.block_bytes
+        pthread_mutex_unlock(&self.lock)
+        return block_bytes
 
-    def _ask(self, uint64_t session, uint32_t what):
-        """A descriptor from the engine. self.answer holds the rest until the next question."""
-        cdef host_message m
-        cdef uint32_t before
-        cdef int err = 0, tries = 0, fd
-        memset(&m, 0, sizeof(m))
-        m.session = session
-        m.what = what
+    cdef int _ask(self, uint64_t session, uint32_t what, host_message *told) except -1:
+        """A descriptor from the engine, and what it tells of the session. Releases the interpreter lock."""
+        cdef int err, fd = -1
+        memset(told, 0, sizeof(told[0]))
+        told.session = session
+        told.what = what
         with nogil:
-            pthread_mutex_lock(&self.asking)
-            before = u32_load(&self.answered)
-            err = host_send(self.control_fd, &m, -1)
-            while err == 0 and u32_load(&self.answered) == before and not u32_load(&self.stopping) and tries < 300:
-                futex_wait(&self.answered, before, 100000000)
-                tries += 1
-            fd = self.answer_fd
-            self.answer_fd = -1
-            if err == 0:
-                err = self.answer.error if u32_load(&self.answered) != before else -ETIMEDOUT
-            pthread_mutex_unlock(&self.asking)
+            err = host_ask(self, told, &fd)
         if err != 0 or fd < 0:
             raise _os_error(err if err else -_errno.EPROTO, "the engine did not hand the provider over")
         return fd
@@ -344,11 +353,17 @@ cdef class HostEnd:
         """Waits for the engine: the number of a session that it closed, or None at the end of service. From then on the
         process has a second to end by itself."""
         cdef uint64_t session = 0
+        cdef uint32_t turn
         with nogil:
-            while not u32_load(&self.stopping):
-                session = control_wait(self)
-                if session:
-                    break
+            while session == 0 and not u32_load(&self.stopping):
+                turn = u32_load(&self.closings)
+                pthread_mutex_lock(&self.lock)
+                if self.closed_tail != self.closed_head:
+                    session = self.closed[self.closed_head & (HOST_CLOSINGS - 1)]
+                    self.closed_head += 1
+                pthread_mutex_unlock(&self.lock)
+                if session == 0:
+                    futex_wait(&self.closings, turn, SECOND_NS)
         return session if session else None
 
     def free_session(self, uint64_t session):
@@ -357,7 +372,7 @@ cdef class HostEnd:
         cdef char *memory = NULL
         cdef uint64_t nbytes = 0
         pthread_mutex_lock(&self.lock)
-        one = session_find(self, session)
+        one = session_find(self, session, False)
         if one != NULL:
             memory = one.memory
             nbytes = one.memory_bytes
@@ -416,8 +431,8 @@ cdef bint canary_there(const char *page, uint64_t n, uint64_t value) noexcept no
     return n >= 8 and memcmp(page + n - 8, &value, 8) == 0      # shorter ones could be there by chance
 
 
-cdef HostSession *session_find(HostEnd end, uint64_t session) noexcept nogil:
-    """The entry, made if there is none; NULL when the table is full. Under the lock, or where a name is only read."""
+cdef HostSession *session_find(HostEnd end, uint64_t session, bint make) noexcept nogil:
+    """The entry, made if there is none and that is wanted; else NULL, and when the table is full. Under the lock."""
     cdef uint32_t i, at
     cdef HostSession *one
     cdef HostSession *vacant = NULL
@@ -430,6 +445,8 @@ cdef HostSession *session_find(HostEnd end, uint64_t session) noexcept nogil:
             vacant = one
             if one.limit == 0:
                 break                       # never used: nothing lies behind it
+    if not make:
+        return NULL
     if vacant != NULL:
         memset(vacant, 0, sizeof(HostSession))
         vacant.id = session
@@ -462,7 +479,8 @@ cdef int host_take(HostEnd end, uint32_t *found) noexcept nogil:
 
 cdef int host_pick(HostEnd end, uint32_t *found) noexcept nogil:
     cdef host_channel *ch = end.channel
-    cdef uint64_t posted = u64_load_seq(&ch.posted), bits = posted, session
+    cdef uint64_t posted = u64_load_seq(&ch.posted), bits = posted, session = 0
+    cdef uint32_t kind = REQ_READ
     cdef int best = -1, i, n = 0
     cdef HostSession *one
     if posted == 0:
@@ -472,24 +490,24 @@ cdef int host_pick(HostEnd end, uint32_t *found) noexcept nogil:
         i = u64_log2(bits)
         bits &= ~(<uint64_t>1 << i)
         if i < <int>HOST_REQUESTS and request_before(ch, i, best):
-            one = session_find(end, ch.request[i].session)
+            one = session_find(end, ch.request[i].session, True)
             if one != NULL and one.running < one.limit:
                 best = i
-    if best >= 0 and request_take(ch, best):
+                session = one.id
+                kind = ch.request[i].kind
+    if best >= 0 and request_take(ch, best, session, kind):
         found[0] = <uint32_t>best
         n = 1
-        session = ch.request[best].session
-        one = session_find(end, session)
+        one = session_find(end, session, False)
         bits = posted & ~(<uint64_t>1 << best)
-        if one == NULL or not one.read_many or ch.request[best].kind != REQ_READ:
+        if one == NULL or not one.read_many or kind != REQ_READ:
             bits = 0
         while bits:
             i = u64_log2(bits)
             bits &= ~(<uint64_t>1 << i)
-            if i < <int>HOST_REQUESTS and ch.request[i].session == session and ch.request[i].kind == REQ_READ:
-                if request_take(ch, i):
-                    found[n] = <uint32_t>i
-                    n += 1
+            if i < <int>HOST_REQUESTS and request_take(ch, i, session, REQ_READ):
+                found[n] = <uint32_t>i
+                n += 1
         batch_begin(end, session, found, <uint32_t>n)
         if one != NULL:
             one.running += 1
@@ -521,9 +539,11 @@ cdef bint request_before(host_channel *ch, int i, int best) noexcept nogil:
     return a.order < ch.request[best].order
 
 
-cdef bint request_take(host_channel *ch, int i) noexcept nogil:
+cdef bint request_take(host_channel *ch, int i, uint64_t session, uint32_t kind) noexcept nogil:
+    """If it is posted, and this session's. The word's sequence number has the swap fail if it was taken back and posted
+    again for another between the look and the swap."""
     cdef uint32_t word = u32_load(&ch.request[i].word)
-    if word & REQ_STATE != REQ_POSTED:
+    if word & REQ_STATE != REQ_POSTED or ch.request[i].session != session or ch.request[i].kind != kind:
         return False
     if not u32_cas(&ch.request[i].word, word, word & ~<uint32_t>REQ_STATE | REQ_TAKEN):
         return False
@@ -537,12 +557,14 @@ cdef void request_end(HostEnd end, uint32_t slot, int err) noexcept nogil:
     cdef host_request *q = &end.channel.request[slot]
     cdef uint32_t word = u32_load(&q.word), b
     cdef HostSession *one
+    if word & REQ_STATE != REQ_TAKEN:
+        return                              # answered already
     pthread_mutex_lock(&end.lock)
     b = end.batch[slot]
     if end.left[b]:
         end.left[b] -= 1
     if end.left[b] == 0:
-        one = session_find(end, end.session_of[b])
+        one = session_find(end, end.session_of[b], False)
         if one != NULL and one.running:
             one.running -= 1
     pthread_mutex_unlock(&end.lock)
@@ -568,31 +590,82 @@ cdef uint32_t offer_rows(HostEnd end, uint64_t session, uint64_t offset, uint64_
     return o.taken if u32_load(&o.word) == REQ_DONE else 0
 
 
-cdef uint64_t control_wait(HostEnd end) noexcept nogil:
-    """One look at the engine: the number of a session that it closed, else 0."""
-    cdef pollfd fds[2]
+cdef int host_ask(HostEnd end, host_message *m, int *fd) noexcept nogil:
+    """Asks the engine, and waits at most half a minute for the answer to this very question. 0 or -errno."""
+    cdef uint32_t before
+    cdef uint64_t deadline = now_ns() + 30 * SECOND_NS
+    cdef uint64_t session = m.session
+    cdef uint32_t what = m.what
+    cdef int err
+    pthread_mutex_lock(&end.asking)
+    before = u32_load(&end.answered)
+    err = host_send(end.control_fd, m, -1)
+    while err == 0 and not u32_load(&end.stopping):
+        if u32_load(&end.answered) != before:
+            before = u32_load(&end.answered)
+            m[0] = end.answer
+            fd[0] = end.answer_fd
+            end.answer_fd = -1
+            if m.session == session and m.what == what:
+                err = m.error
+                break
+            if fd[0] >= 0:                  # of a question that was given up
+                close(fd[0])
+            fd[0] = -1
+        elif now_ns() > deadline:
+            err = -ETIMEDOUT
+        else:
+            futex_wait(&end.answered, before, SECOND_NS / 10)
+    pthread_mutex_unlock(&end.asking)
+    return err
+
+
+cdef void *host_watcher(void *argument) noexcept nogil:
+    """A thread without Python: a provider that holds the interpreter lock for long does not keep it from seeing the
+    engine's end. The object of `argument` lives as long as the process."""
+    control_loop(<HostEnd>argument)
+    return NULL
+
+
+cdef void control_loop(HostEnd end) noexcept nogil:
     cdef host_message m
     cdef int fd = -1, got
+    cdef pollfd fds[2]
     fds[0].fd = end.control_fd
     fds[0].events = <short>POLLIN
     fds[1].fd = end.parent_fd
     fds[1].events = <short>POLLIN
-    poll(fds, 2, 1000)
-    got = host_receive(end.control_fd, &m, &fd, MSG_DONTWAIT)
-    if got == 0 or getppid() != end.parent or (fds[1].revents and end.parent_fd >= 0):
-        host_ends(end)
-    elif got == 1 and m.what == CONTROL_CLOSE:
-        return m.session
-    elif got == 1:
-        end.answer = m
-        end.answer_fd = fd
-        u32_add_seq(&end.answered, 1)
-        futex_wake_all(&end.answered)
-    return 0
-
-
-cdef void host_ends(HostEnd end) noexcept nogil:
-    alarm(1)                                # whatever Python code does by then, it ends: SIGALRM is not handled
+    while True:
+        poll(fds, 2, 1000)
+        got = host_receive(end.control_fd, &m, &fd, MSG_DONTWAIT)
+        if got == 0 or getppid() != end.parent or (fds[1].revents and end.parent_fd >= 0):
+            break
+        if got == 1 and m.what == CONTROL_CLOSE:
+            note_closed(end, m.session)
+        elif got == 1:
+            end.answer = m
+            end.answer_fd = fd
+            u32_add_seq(&end.answered, 1)
+            futex_wake_all(&end.answered)
     u32_store_seq(&end.stopping, 1)
     u32_add_seq(&end.channel.doorbell, 1)
     futex_wake_shared(&end.channel.doorbell, 1 << 30)
+    u32_add(&end.closings, 1)
+    futex_wake_all(&end.closings)
+    poll(NULL, 0, 1000)                     # close() of the providers runs meanwhile
+    end_process(1)
+
+
+cdef void note_closed(HostEnd end, uint64_t session) noexcept nogil:
+    cdef bint there = False
+    while not there:
+        pthread_mutex_lock(&end.lock)
+        if end.closed_tail - end.closed_head < HOST_CLOSINGS:
+            end.closed[end.closed_tail & (HOST_CLOSINGS - 1)] = session
+            end.closed_tail += 1
+            there = True
+        pthread_mutex_unlock(&end.lock)
+        if not there:
+            poll(NULL, 0, 10)               # Python is behind
+    u32_add(&end.closings, 1)
+    futex_wake_all(&end.closings)

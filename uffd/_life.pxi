@@ -544,6 +544,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
 cdef void child_region(Region_t *r) noexcept nogil:
     cdef int err = -EAGAIN if r.engine.broken else 0
     r.refs = 0
+    r.asked = 0
     r.stuck = 0
     r.ahead_lock = 0
     if r.fd >= 0:

@@ -203,6 +203,5 @@ cdef extern from "_host.h" nogil:
     void futex_wait_shared(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
     void futex_wake_shared(uint32_t *word, int most) noexcept
     int SHUT_RDWR, MSG_DONTWAIT
-    int recv_flags_none "0"
     int getppid() noexcept
-    unsigned int alarm(unsigned int seconds) noexcept
+    void end_process "_exit"(int status) noexcept
