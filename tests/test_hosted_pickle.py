@@ -165,7 +165,7 @@ HELD = {
     "a pointer": (lambda: ctypes.pointer(ctypes.c_int(1)), "a ctypes object (LP_c_int)"),
     "a library": (lambda: ctypes.CDLL(None), "a ctypes object (CDLL)"),
     "a thread": (lambda: threading.Thread(target=print), "a lock"),
-    "a view": (lambda: memoryview(io.BytesIO(b"abc").getbuffer()), "memoryview"),
+    "a view": (lambda: memoryview(bytearray(3)), "memoryview"),
 }
 
 

@@ -288,12 +288,7 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
         def reducer_override(self, thing: Any) -> Any:
             if isinstance(thing, (np.ndarray, memoryview)):
                 self.see_array(thing)
-            elif isinstance(thing, io.TextIOWrapper) and thing not in (sys.stdout, sys.stderr):
-                raise TypeError("an open file belongs to this process")         # cloudpickle would take its contents
-            elif _is_library(thing):
-                raise TypeError("a loaded library belongs to this process")     # and its handle, here a number
-            elif _is_hosted_region(thing):
-                raise TypeError("its provider is in Python, and a host starts no hosts of its own")
+            _refuse_what_stays(thing)
             named = isinstance(thing, (type, types.FunctionType))
             if named and cloudpickle is not None:
                 self.see_module(thing.__module__)
@@ -333,6 +328,16 @@ def _pickler_over(base: Any, cloudpickle: Any) -> Any:
 def _array_in_words(array: Any) -> str:
     what = "an array" if isinstance(array, np.ndarray) else "a memoryview"
     return what + (f" of shape {tuple(array.shape)}" if array.ndim != 1 else f" of {array.shape[0]} items")
+
+
+def _refuse_what_stays(thing: Any) -> None:
+    """What would be pickled, and be something else in the host."""
+    if isinstance(thing, io.TextIOWrapper) and thing not in (sys.stdout, sys.stderr):
+        raise TypeError("an open file belongs to this process")      # cloudpickle would take its contents
+    if _is_library(thing):
+        raise TypeError("a loaded library belongs to this process")  # its handle is a number
+    if _is_hosted_region(thing):
+        raise TypeError("its provider is in Python, and a host starts no hosts of its own")
 
 
 def _is_library(thing: Any) -> bool:
