@@ -344,8 +344,8 @@ cdef bint serve_region(Slot *s, uint64_t region_id) noexcept nogil:
     if r == NULL:
         return False                        # closed since the event
     n = uf_read(r.fd, message, BATCH) if not r.is_inline else 0
-    if n == BATCH and listens_itself(s):
-        epoll_watch_edge(s.epoll_fd, r.fd, r.id, True)
+    if (n == BATCH or n < 0) and listens_itself(s):
+        epoll_watch_edge(s.epoll_fd, r.fd, r.id, True)      # what is left there would not be told again by itself
     if n > 0:
         s.last_id = region_id if not r.slow else 0
         follow_faulter(s, message[0].ptid)

@@ -342,7 +342,7 @@ static inline int uf_read(int fd, struct uf_msg *messages, int most)
 {
     ssize_t n = read(fd, messages, (size_t)most * sizeof *messages);
     if (n < 0)
-        return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+        return errno == EAGAIN ? 0 : -errno;
     return (int)((size_t)n / sizeof *messages);
 }
 
