@@ -61,7 +61,7 @@ def test_content(shared):
     """Goal: a provider is opened with what it says of itself, and its reads fill right bytes, of whole and part pages.
     Method: the provider asserts what its docstring promises about `out` and the order of calls."""
     session = shared.session(ChecksItsCalls(123456, concurrency=3))
-    assert tuple(shared.open(session)) == (123456, 3, False, False)
+    assert tuple(shared.open(session)) == (123456, 3, False, False, False)
     for offset, nbytes in ((0, BLOCK_BYTES), (BLOCK_BYTES, 1 << 20), (4 * BLOCK_BYTES, 1), (5 * BLOCK_BYTES, 4099)):
         assert np.array_equal(shared.read(session, offset, nbytes), pattern(offset, nbytes))
 
@@ -102,7 +102,7 @@ def test_function(shared):
     pytest.importorskip("cloudpickle")
     seven = 7
     session = shared.session(lambda offset, out: out.fill(seven + offset // BLOCK_BYTES))
-    assert tuple(shared.open(session)) == (None, 1, False, False)
+    assert tuple(shared.open(session)) == (None, 1, False, False, False)
     assert set(shared.read(session, BLOCK_BYTES)) == {8}
 
 

@@ -178,7 +178,6 @@ MAY_ALLOCATE = {
     "session_end": "such a region is closed",
     "hosts_free": "an engine is gone, with its hosts",
     "map_window": "in the provider host, which serves no faults",
-    "make_private": "in the provider host, which serves no faults",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"

@@ -154,8 +154,9 @@ cdef class Engine:
             return []
         return [self.e.hosts.host[i].pid for i in range(self.e.hosts.n) if self.e.hosts.host[i].pid > 0]
 
-    def begin_session(self, int pickle_fd, uint64_t block_bytes, str name):
-        """The Filler of a hosted provider, whose pickle is in a memfd. Takes the descriptor over."""
+    def begin_session(self, int pickle_fd, uint64_t block_bytes, str name, bint writes):
+        """The Filler of a hosted provider, whose pickle is in a memfd. Takes the descriptor over. writes: it can, and
+        one host has it alone: what an instance wrote, another might not read."""
         cdef Filler f = Filler()
         cdef char region_name[80]
         if self.e == NULL or self.e.hosts == NULL:
@@ -167,6 +168,8 @@ cdef class Engine:
         if f.fill.session == 0:
             close(pickle_fd)
             raise MemoryError("no memory for a provider")
+        if writes:
+            f.fill.one_host = 1 + <uint32_t>(f.fill.session % self.e.hosts.n)
         return f
 
     def end_session(self, Filler f):
@@ -178,8 +181,8 @@ cdef class Engine:
                 pthread_mutex_unlock(&registry_lock)
 
     def open_session(self, Filler f, uint32_t retries, uint64_t timeout_ns):
-        """Has a host open the provider: (0 or errno, text, nbytes or None). Ctrl-C interrupts it. ValueError when the
-        engine is closed meanwhile."""
+        """Has a host open the provider: (0 or errno, text, nbytes or None, whether it can write). Ctrl-C interrupts it.
+        ValueError when the engine is closed meanwhile."""
         cdef Engine_t *e = self.e
         cdef Slot *c = NULL
         cdef int err = 1
@@ -190,7 +193,7 @@ cdef class Engine:
         try:
             while c == NULL and not u32_load(&e.stopping):
                 with nogil:
-                    c = carrier_borrow(e, NULL, True)
+                    c = carrier_take(e, &f.fill, NULL, 0)
                     if c == NULL:
                         poll(NULL, 0, 5)
                 PyErr_CheckSignals()
@@ -206,7 +209,8 @@ cdef class Engine:
                 raise ValueError("the engine was closed")
             text = c.carrier.q.text[:min(c.carrier.q.text_bytes, <uint32_t>HOST_TEXT_BYTES)].decode("utf-8", "replace")
             size = c.carrier.q.opened_bytes
-            return -err, text if err else "", None if size < 0 else size
+            return (-err, text if err else "", None if size < 0 else size,
+                    err == 0 and c.carrier.q.opened_flags & OPENED_WRITES != 0)
         finally:
             if c != NULL and err == 1:      # interrupted: the answer is waited for without us
                 c.carrier.count = deadline - now_ns() if deadline > now_ns() else 0

@@ -87,6 +87,7 @@ cdef struct Fill:               # where blocks come from. Constant while a regio
     void (*forget)(void *self, uint32_t slot) noexcept nogil    # a forked child: the slot was in use. Or NULL
     void *self
     uint64_t session            # FILL_HOST: the provider's number in the hosts
+    uint32_t one_host           # FILL_HOST: 1 + the host that has it alone, since it can write; 0: all of them
     bint inline_safe            # may run in the SIGBUS handler
     bint may_block              # a fill can take long: others must not queue behind it
 
@@ -581,3 +582,4 @@ include "_life.pxi"
 include "_keeper.pxi"
 include "_api.pxi"
 include "_hostside.pxi"
+include "_hostwrite.pxi"

@@ -9,6 +9,9 @@
  *   TAKEN > DONE         the host; the record holds the answer
  *   TAKEN > LOST         the engine, after the host was reaped
  *
+ * The buffer of a READ is the host's to fill; that of a WRITE has the bytes that belong at `offset`, and stays as it
+ * is, so that it can be asked for again. FLUSH makes what was acknowledged durable.
+ *
  * Nothing that the host writes is trusted further than that: lengths are cut, numbers are checked by who reads them.
  */
 #ifndef UFFD_HOST_H
@@ -23,10 +26,10 @@
 #define HOST_REQUESTS 32u                        /* of one host at a time */
 #define HOST_BUFFER_BYTES (16u << 20)            /* of each: address space, touched as far as blocks reach */
 #define HOST_TEXT_BYTES 8192u
-#define HOST_VERSION 1u
+#define HOST_VERSION 2u
 
 enum { REQ_FREE, REQ_POSTED, REQ_TAKEN, REQ_DONE, REQ_LOST, REQ_STATE = 7, REQ_SEQUENCE = 8 };
-enum { REQ_OPEN, REQ_READ };
+enum { REQ_OPEN, REQ_READ, REQ_WRITE, REQ_FLUSH };
 enum { OPENED_READ_MANY = 1, OPENED_WRITES = 2 };
 
 struct host_request {
@@ -192,6 +195,16 @@ static inline void host_kill(int pid, int pidfd)
     if (pidfd < 0 || syscall(424 /* pidfd_send_signal, 5.1 */, pidfd, SIGKILL, NULL, 0u) != 0)
         if (pidfd < 0 || errno == ENOSYS || errno == EPERM)
             kill(pid, SIGKILL);
+}
+
+/* Moves the pages of a mapping into the place of another, which is gone with that. 0, or -errno and they are gone. */
+static inline int pages_into(char *place, char *pages, uint64_t len)
+{
+    if (mremap(pages, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, place) != MAP_FAILED)
+        return 0;
+    int error = errno;
+    munmap(pages, len);
+    return -error;
 }
 
 static inline int sys_pidfd(int pid)

@@ -31,7 +31,7 @@ from .providers import hosted
 
 __all__ = ["main"]
 
-OPEN = 0                                         # kinds of requests; 1 is READ
+OPEN, READ, WRITE, FLUSH = range(4)              # kinds of requests
 THREADS_MAX = 64
 OFFER_BYTES_MAX = 16 << 20                       # of one row; a multiple of all block sizes
 LAST_SECOND_S = 0.7                              # for close() at the end; the engine waits for a second
@@ -79,9 +79,10 @@ class Link:
 
 
 class Session:
-    """One provider of one region. `read` is None while it can't be read: before open(), and from close on."""
+    """One provider of one region. `read` is None while it can't be used: before open(), and from close on."""
 
-    __slots__ = ("closing", "concurrency", "name", "nbytes", "number", "provider", "read", "read_many", "warned")
+    __slots__ = ("closing", "concurrency", "name", "nbytes", "number", "provider", "read", "read_many", "warned",
+                 "write_many")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -89,6 +90,7 @@ class Session:
         self.provider: Any = None
         self.read: Any = None
         self.read_many: Any = None
+        self.write_many: Any = None
         self.nbytes: int | None = None
         self.concurrency = 1
         self.closing = False
@@ -107,13 +109,14 @@ class Session:
             raise Refused(f"concurrency must be >= 1 and nbytes >= 0, not {concurrency} and {nbytes}")
         self.provider = provider
         self.read_many = provider.read_many if hosted.overrides(provider, "read_many") else None
+        self.write_many = provider.write_many if hosted.overrides(provider, "write_many") else None
         self.read = provider.function if type(provider) is hosted.FunctionProvider else provider.read
         if self.closing:                         # meanwhile
             self.read = None
 
     def retire(self) -> None:
         self.closing = True
-        self.read = self.read_many = None
+        self.read = self.read_many = self.write_many = None
 
 
 class Host:
@@ -164,7 +167,7 @@ class Host:
             if len(current) < self.threads_max and None not in current:
                 self._grow()
             read = session.read                  # after `current` is set: the other order is in _close
-            if read is None or kind == OPEN or len(requests) > 1:
+            if read is None or kind != READ or len(requests) > 1:
                 self._answer(session, kind, slot, requests)
             else:
                 slot, offset, nbytes = requests[0]
@@ -219,6 +222,10 @@ class Host:
                     self._tell_opened(session, -1)
             if kind == OPEN:
                 self._tell_opened(session, slot)
+            elif kind == FLUSH:
+                self._flush(session, slot)
+            elif kind == WRITE:
+                self._write(session, requests)
             elif session.read_many is not None and len(requests) > 1:
                 self._read_many(session, requests)
             else:
@@ -229,7 +236,7 @@ class Host:
 
     def _tell_opened(self, session: Session, slot: int) -> None:
         self.end.opened(slot, session.number, session.nbytes, min(session.concurrency, THREADS_MAX),
-                        session.read_many is not None, hosted.overrides(session.provider, "write"))
+                        session.read_many is not None, hosted.writes(session.provider), session.write_many is not None)
 
     def _open(self, session: Session) -> None:
         """A new instance, opened; on failure nothing is left of it."""
@@ -264,11 +271,34 @@ class Host:
         answer = session.read_many(asked)
         asked.clear()
         _check_answer("read_many", answer, sum(nbytes for _, _, nbytes in requests))
+        self._end(session, requests)
+
+    def _end(self, session: Session, requests: Sequence[Request]) -> None:
         for slot, _, _ in requests:
             try:
                 self._warn(session, self.end.done(slot))
             except BaseException as error:
                 self._fail(session, (slot,), error)
+
+    def _write(self, session: Session, requests: Sequence[Request]) -> None:
+        """One call for all of them, as in _read_many. Several come only for a provider that takes them."""
+        views = [(offset, np.frombuffer(self.end.data(slot), np.uint8)) for slot, offset, _ in requests]
+        total = sum(nbytes for _, _, nbytes in requests)
+        if session.write_many is not None and len(views) > 1:
+            answer = session.write_many(views)
+            views.clear()
+            _check_answer("write_many", answer, total)
+        else:
+            answer = session.provider.write(*views.pop())
+            _check_answer("write", answer, total)
+        self._end(session, requests)
+
+    def _flush(self, session: Session, slot: int) -> None:
+        answer = session.provider.flush()
+        if answer is not None:
+            raise Refused(f"wrong type: flush() returned {type(answer).__name__}. To return None says that all is "
+                          "durable; what is not must be raised")
+        self.end.done(slot)
 
     def _fail(self, session: Session, slots: Sequence[int], error: BaseException) -> None:
         number, text = told(error)
@@ -336,16 +366,20 @@ class Host:
 
 
 def _check_answer(method: str, answer: Any, nbytes: int) -> None:
-    """None, or how many bytes it filled: all."""
+    """None, or how many bytes it filled or stored: all."""
     if answer is None:
         return
+    stores = method.startswith("write")
+    did, name = ("stored", "data") if stores else ("filled", "out")
     if isinstance(answer, bool) or not isinstance(answer, (int, np.integer)):
-        raise Refused(f"wrong type: {method}() returned {type(answer).__name__}. It must fill `out` in place "
-                      "(out[:] = ...) and return None, or the number of bytes it filled")
+        must = "store all of `data`" if stores else "fill `out` in place (out[:] = ...)"
+        raise Refused(f"wrong type: {method}() returned {type(answer).__name__}. It must {must} and return None, or "
+                      f"the number of bytes it {did}")
     if answer < nbytes:
-        raise Refused(f"short fill: {method}() says that it filled {answer} of the {nbytes} bytes of `out`")
+        raise Refused(f"short {'write' if stores else 'fill'}: {method}() says that it {did} {answer} of the {nbytes} "
+                      f"bytes of `{name}`")
     if answer > nbytes:
-        raise Refused(f"wrong size: {method}() says that it filled {answer} bytes, and `out` has {nbytes}")
+        raise Refused(f"wrong size: {method}() says that it {did} {answer} bytes, and `{name}` has {nbytes}")
 
 
 def told(error: BaseException) -> tuple[int, str]:

@@ -2,7 +2,7 @@
 #
 # Uses:     _host.h; the fills of _fill.pxi, the jobs and pieces of _ahead.pxi, the slots of _core.pyx
 # Provides: carrier_borrow, carrier_return, hosted_run (a touch), hosted_piece, hosted_job (work handed out), host_fill
-#           (what obtain calls), inline_hosted; hosts_make, hosts_stop, hosts_look (the keeper's part), hosts_child
+#           (what obtain calls), inline_hosted; host_post, host_answer, note_text (a request, for _hostwrite.pxi)
 #
 # A *carrier* is a slot that belongs to one request of one host: its staging buffer is the request's page buffer, which
 # the host has mapped too. Who wants a block filled borrows a carrier, claims the block in its name and posts the
@@ -13,6 +13,8 @@
 cdef enum:
     SHARE = 24                              # requests of one host that one region may have
     SPARE = 8                               # requests kept for touches: work that nobody waits for leaves them alone
+    WRITES = 8                              # of one host at once, so that touches find others
+    NO_BLOCK = -1                           # the block under which the text of a failed flush is noted
     T_RUN = 1                               # what a carrier's thread is to do: end the run that was posted,
     T_PIECE = 2                             # fill a piece of read-ahead,
     T_JOB = 3                               # or of a prefetch or populate,
@@ -32,6 +34,7 @@ cdef struct Carrier:
     uint32_t baton                          # futex: T_* while its thread has it in hand, 0 when the thread has nothing
     uint32_t threaded                       # its thread was started
     Region_t *counted                       # whose share of requests it is of, or NULL
+    uint32_t writes                         # it counts in its host's `writing`
     # the request in flight: of who drives
     uint64_t posted_offset                  # what was posted, and not waited for yet
     uint64_t posted_bytes                   # 0: nothing
@@ -61,6 +64,7 @@ cdef struct Host_t:                         # one process
     Slot *offers                            # the slot in whose name offered blocks are placed
     uint32_t offering                       # its thread was started
     uint64_t free                           # bit per carrier
+    uint32_t writing                        # carriers lent for writes
     uint32_t wanted                         # somebody posted: it is to run
     uint32_t state                          # HOST_*: the keeper's, read by all
     uint32_t kill_generation                # the host of that generation is to be killed: a request of it is late
@@ -90,18 +94,25 @@ cdef uint64_t session_next = 1              # under registry_lock
 cdef Slot *carrier_borrow(Engine_t *e, Region_t *r, bint urgent) noexcept nogil:
     """A free request of the host that has most of them, or NULL. Not urgent: the last SPARE are left alone. r, if not
     NULL, may have SHARE of them per host: one whose provider hangs leaves some to the others."""
+    if r != NULL and u32_load(&r.asked) >= SHARE * (1 if r.fill.one_host else e.hosts.n):
+        return NULL
+    return carrier_take(e, r.fill if r != NULL else NULL, r, 0 if urgent else SPARE)
+
+
+cdef Slot *carrier_take(Engine_t *e, const Fill *fill, Region_t *counted, int least) noexcept nogil:
+    """A free request of a host that has more than `least` of them and may have the provider, or NULL."""
     cdef Host_t *h
     cdef Host_t *best
     cdef uint64_t bits, bit
     cdef int most, n
     cdef uint32_t i
-    if r != NULL and u32_load(&r.asked) >= SHARE * e.hosts.n:
-        return NULL
     while True:
         best = NULL
-        most = 0 if urgent else <int>SPARE
+        most = least
         for i in range(e.hosts.n):
             h = &e.hosts.host[i]
+            if fill != NULL and fill.one_host and fill.one_host != i + 1:
+                continue
             n = u64_count(u64_load(&h.free))
             if n and u32_load(&h.state) == HOST_BROKEN:
                 n = 1                       # only where there is no other: its requests fail
@@ -115,9 +126,10 @@ cdef Slot *carrier_borrow(Engine_t *e, Region_t *r, bint urgent) noexcept nogil:
         if bit and u64_cas(&best.free, bits, bits & ~bit):
             best.carrier[u64_log2(bit)].posted_bytes = 0
             best.carrier[u64_log2(bit)].lost = 0
-            best.carrier[u64_log2(bit)].counted = r
-            if r != NULL:
-                u32_add(&r.asked, 1)
+            best.carrier[u64_log2(bit)].writes = 0
+            best.carrier[u64_log2(bit)].counted = counted
+            if counted != NULL:
+                u32_add(&counted.asked, 1)
             return best.carrier[u64_log2(bit)].s
 
 
@@ -141,6 +153,8 @@ cdef void carrier_return(Slot *c) noexcept nogil:
     u32_store(&c.tid, 0)
     if k.counted != NULL:                   # the caller still has its reference
         u32_sub(&k.counted.asked, 1)
+    if k.writes:
+        u32_sub(&k.h.writing, 1)
     u32_store(&k.q.word, (u32_load(&k.q.word) & ~<uint32_t>REQ_STATE) | REQ_FREE)
     u64_or(&k.h.free, <uint64_t>1 << k.index)
     u32_add_seq(&e.carrier_turn, 1)
@@ -192,6 +206,7 @@ cdef void *carrier_main(void *argument) noexcept nogil:
         elif task == T_JOB:
             job_fill(e, k.s, k.job, r, k.first, k.count)
         else:
+            k.s.deadline_ns = now_ns() + k.count
             host_answer(k.s, k.count, NULL)
         u32_store(&k.baton, 0)
         carrier_return(k.s)
@@ -363,8 +378,8 @@ cdef int host_fill(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) noexc
 
 
 cdef int host_answer(Slot *c, uint64_t timeout_ns, uint32_t *until) noexcept nogil:
-    """Waits for the answer to what was posted: its error number, -ETIMEDOUT, or -ECONNRESET when the host died with it.
-    until: not NULL: it is never late before this is not 0.
+    """Waits for the answer to what was posted, until the slot's deadline: its error number, -ETIMEDOUT, or -ECONNRESET
+    when the host died with it. until: not NULL: it is never late before this is not 0.
 
     What is lost because the host was killed for another's sake is asked for again, with all its time.
 
@@ -375,7 +390,7 @@ cdef int host_answer(Slot *c, uint64_t timeout_ns, uint32_t *until) noexcept nog
     cdef Carrier *k = c.carrier
     cdef Host_t *h = k.h
     cdef host_request *q = k.q
-    cdef uint64_t now = now_ns(), deadline = c.deadline_ns if c.since_ns else now + timeout_ns, limit
+    cdef uint64_t now, deadline = c.deadline_ns, limit
     cdef uint32_t word, generation
     cdef bint late = False
     while True:
@@ -423,8 +438,10 @@ cdef int open_look(Slot *c, uint32_t retries, uint64_t deadline) noexcept nogil:
         host_post(c, REQ_OPEN, q.session, 0, 0, 2, False)
         return 1
     if state == REQ_DONE or state == REQ_POSTED and u32_load(&k.h.state) == HOST_BROKEN:
+        c.deadline_ns = now + SECOND_NS
         return host_answer(c, SECOND_NS, NULL)
     if now >= deadline and not k.h.engine.hosts.debug:
+        c.deadline_ns = now
         return host_answer(c, 0, NULL)
     futex_wait_shared(&q.word, word, SLICE_NS if deadline <= now or deadline - now > SLICE_NS else deadline - now)
     return 1

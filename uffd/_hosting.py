@@ -38,8 +38,9 @@ def command() -> tuple[list[bytes], list[bytes]]:
 
 
 def begin(engine: Engine, provider: hosted.Provider, *, name: str, block_bytes: int, retries: int,
-          timeout_s: float) -> tuple[Any, int | None]:
-    """Has a host open the provider: its Filler and its size, if it knows one. ProviderError when open() fails."""
+          timeout_s: float) -> tuple[Any, int | None, bool]:
+    """Has a host open the provider: its Filler, its size, if it knows one, and whether it can write. ProviderError when
+    open() fails."""
     data = hosted.pickled(provider)
     fd = os.memfd_create("uffd-provider", os.MFD_CLOEXEC)
     try:
@@ -50,9 +51,9 @@ def begin(engine: Engine, provider: hosted.Provider, *, name: str, block_bytes: 
     except BaseException:
         os.close(fd)
         raise
-    filler = threads.begin_session(fd, block_bytes, name)
+    filler = threads.begin_session(fd, block_bytes, name, hosted.writes(provider))
     try:
-        number, text, nbytes = threads.open_session(filler, retries, int(min(timeout_s, 1e9) * 1e9))
+        number, text, nbytes, writes = threads.open_session(filler, retries, int(min(timeout_s, 1e9) * 1e9))
         if number:
             why = last_line(text) or os.strerror(number)
             raise ProviderError(number, f"region {name!r}: {hosted.title(provider)} could not be opened: {why}",
@@ -60,7 +61,7 @@ def begin(engine: Engine, provider: hosted.Provider, *, name: str, block_bytes: 
     except BaseException:
         threads.end_session(filler)
         raise
-    return filler, nbytes
+    return filler, nbytes, writes
 
 
 def last_line(text: str | None) -> str:

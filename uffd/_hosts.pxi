@@ -365,6 +365,7 @@ cdef int hosts_child(Engine_t *e) noexcept nogil:
         h.latency_ns = 0
         h.answered_ns = 0
         h.free = (<uint64_t>1 << HOST_REQUESTS) - 1
+        h.writing = 0
         for k in range(HOST_REQUESTS):
             h.carrier[k].baton = 0
             h.carrier[k].threaded = 0

@@ -15,6 +15,7 @@ cdef struct HostSession:
     uint32_t limit                          # threads at once
     uint32_t running
     bint read_many
+    bint write_many
     bint closed                             # by the engine; freed when nobody runs
     char *memory                            # the region's shared pages, once mapped
     uint64_t memory_bytes
@@ -24,10 +25,12 @@ cdef struct HostSession:
 
 @no_gc_clear
 cdef class HostBuffer:
-    """The bytes that one call of a provider is to fill. `exports` tells whether it still holds them afterwards."""
+    """The bytes that one call of a provider is to fill, or to store. `exports` tells whether it still holds them
+    afterwards."""
     cdef char *start
     cdef Py_ssize_t nbytes
     cdef readonly Py_ssize_t exports
+    cdef bint to_store                      # it may only be read
     cdef uint64_t canary                    # another for each call: what matches by chance does not match again
     cdef char *window                       # its own: unmapped with the last view
     cdef uint64_t window_bytes
@@ -35,13 +38,15 @@ cdef class HostBuffer:
     cdef Py_ssize_t strides[1]
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if flags & 1 and self.to_store:     # PyBUF_WRITABLE
+            raise BufferError("the bytes are to be stored, not to be changed")
         self.shape[0] = self.nbytes
         self.strides[0] = 1
         buffer.buf = self.start
         buffer.obj = self
         buffer.len = self.nbytes
         buffer.itemsize = 1
-        buffer.readonly = 0
+        buffer.readonly = self.to_store
         buffer.ndim = 1
         buffer.format = b"B"
         buffer.shape = self.shape
@@ -153,6 +158,18 @@ cdef class HostEnd:
             page += PAGE
         return memoryview(b)
 
+    def data(self, uint32_t slot):
+        """A read-only view of the bytes that request `slot` is to store; anew with each call."""
+        cdef host_request *q = _request(self, slot)
+        cdef HostBuffer b = HostBuffer.__new__(HostBuffer)
+        if q.nbytes > HOST_BUFFER_BYTES:
+            raise ValueError(f"a request of {q.nbytes} bytes")
+        b.start = self.window[slot]
+        b.nbytes = <Py_ssize_t>q.nbytes
+        b.to_store = True
+        self.buffers[slot] = b
+        return memoryview(b)
+
     cdef char *_memory(self, uint64_t session, uint64_t offset, uint64_t nbytes) except NULL:
         """The region's own shared pages."""
         cdef HostSession *one
@@ -184,7 +201,8 @@ cdef class HostEnd:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are outside the region's shared pages")
         return memory + offset
 
-    def opened(self, int64_t slot, uint64_t session, nbytes, uint32_t concurrency, bint read_many, bint writes):
+    def opened(self, int64_t slot, uint64_t session, nbytes, uint32_t concurrency, bint read_many, bint writes,
+               bint write_many):
         """The session's provider is open. slot: of the OPEN request that this answers, or -1."""
         cdef HostSession *one
         cdef host_request *q
@@ -193,6 +211,7 @@ cdef class HostEnd:
         if one != NULL:
             one.limit = concurrency if concurrency else 1
             one.read_many = read_many
+            one.write_many = write_many
         pthread_mutex_unlock(&self.lock)
         u32_add_seq(&self.channel.doorbell, 1)
         futex_wake_shared(&self.channel.doorbell, 1 << 30)      # more threads may run it now
@@ -204,14 +223,14 @@ cdef class HostEnd:
             request_end(self, <uint32_t>slot, 0)
 
     def done(self, uint32_t slot):
-        """Request `slot` is filled. A text where the provider deserves a warning, else None."""
+        """Request `slot` is filled, stored or flushed. A text where the provider deserves a warning, else None."""
         cdef host_request *q = _request(self, slot)
         cdef HostBuffer b = self.buffers[slot]
         cdef uint64_t page = 0, end = q.nbytes, n
         warning = None
-        if b.exports:
+        if b is not None and b.exports:
             warning = self._take_away(slot, b)
-        while page < end:
+        while q.kind == REQ_READ and page < end:
             n = PAGE if end - page > PAGE else end - page
             if canary_there(b.start + page, n, b.canary ^ page << 32):
                 self.failed(slot, _errno.EIO, "not filled whole: read() returned, and bytes "
@@ -246,6 +265,9 @@ cdef class HostEnd:
         if make_private(b.start, span) != 0:
             raise MemoryError("no memory to take a buffer away")
         b.start = fresh                     # what is checked and placed; views have the old address
+        if b.to_store:
+            return ("the provider kept `data` after write() had returned: it was given a copy of its own, which costs "
+                    "time. Copy what you want to keep")
         return ("the provider kept `out` after read() had returned: it was taken away, and what is written to it later "
                 "goes nowhere. Copy what you want to keep")
 
@@ -404,15 +426,10 @@ cdef char *map_window(int fd, uint64_t offset, uint64_t nbytes) noexcept nogil:
 cdef int make_private(char *start, uint64_t span) noexcept nogil:
     """Private memory with the same bytes in the place of shared pages."""
     cdef char *copy = map_lazy(span, PROT_READ | PROT_WRITE, -1)
-    cdef void *p
     if copy == NULL:
         return -ENOMEM
     memcpy(copy, start, span)
-    p = mmap(start, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
-    if p != MAP_FAILED:
-        memcpy(start, copy, span)
-    munmap(copy, span)
-    return -ENOMEM if p == MAP_FAILED else 0
+    return pages_into(start, copy, span)    # in one step: a thread that still stores them reads no zeros
 
 
 cdef uint64_t scrambled(uint64_t v) noexcept nogil:
@@ -501,12 +518,12 @@ cdef int host_pick(HostEnd end, uint32_t *found) noexcept nogil:
         n = 1
         one = session_find(end, session, False)
         bits = posted & ~(<uint64_t>1 << best)
-        if one == NULL or not one.read_many or kind != REQ_READ:
+        if one == NULL or not (kind == REQ_READ and one.read_many or kind == REQ_WRITE and one.write_many):
             bits = 0
         while bits:
             i = u64_log2(bits)
             bits &= ~(<uint64_t>1 << i)
-            if i < <int>HOST_REQUESTS and request_take(ch, i, session, REQ_READ):
+            if i < <int>HOST_REQUESTS and request_take(ch, i, session, kind):
                 found[n] = <uint32_t>i
                 n += 1
         batch_begin(end, session, found, <uint32_t>n)

@@ -140,7 +140,7 @@ cdef extern from "_host.h" nogil:
     enum:
         HOST_REQUESTS, HOST_BUFFER_BYTES, HOST_TEXT_BYTES, HOST_VERSION
         REQ_FREE, REQ_POSTED, REQ_TAKEN, REQ_DONE, REQ_LOST, REQ_STATE, REQ_SEQUENCE
-        REQ_OPEN, REQ_READ
+        REQ_OPEN, REQ_READ, REQ_WRITE, REQ_FLUSH
         OPENED_READ_MANY, OPENED_WRITES
         CONTROL_PICKLE, CONTROL_MEMORY, CONTROL_CLOSE
     struct host_request:
@@ -199,6 +199,7 @@ cdef extern from "_host.h" nogil:
     bint host_reap(int pid, int *status) noexcept
     void host_kill(int pid, int pidfd) noexcept
     int sys_pidfd(int pid) noexcept
+    int pages_into(char *place, char *pages, uint64_t len) noexcept
     int host_sockets(int *pair) noexcept
     void futex_wait_shared(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
     void futex_wake_shared(uint32_t *word, int most) noexcept

@@ -122,8 +122,8 @@ class Region(_core.Region):
             return served._filler(self.engine)
         from . import _hosting
 
-        filler, nbytes = _hosting.begin(self.engine, served, name=self.name, block_bytes=self.block_bytes,
-                                        retries=self._options["retries"], timeout_s=self._options["timeout_s"])
+        filler, nbytes, _ = _hosting.begin(self.engine, served, name=self.name, block_bytes=self.block_bytes,
+                                           retries=self._options["retries"], timeout_s=self._options["timeout_s"])
         try:
             self.nbytes = _checked_size(self.nbytes, served.nbytes if nbytes is None else nbytes, self.provider)
         except BaseException:

@@ -24,7 +24,7 @@ BUFFER_BYTES = 1 << 20
 CANARY_BYTES = 8
 BLOCK_BYTES = 65536
 WAIT_S = 20.0
-OPEN, READ = 0, 1
+OPEN, READ, WRITE, FLUSH = range(4)
 PATIENCE_S = 10  # the real one gives a second; here a slow machine must not matter
 START = ("import runpy, uffd._core; from support.fakehost import FakeHostEnd; uffd._core.HostEnd = FakeHostEnd; "
          "runpy.run_module('uffd._host', run_name='__main__', alter_sys=True)")
@@ -41,6 +41,7 @@ class Opened(NamedTuple):
     concurrency: int
     read_many: bool
     writes: bool
+    write_many: bool
 
 
 # ---- in the host
@@ -56,7 +57,7 @@ class FakeHostEnd:
         self.changed = threading.Condition()
         self.pending = []
         self.batch = {}  # slot: the slots that were taken with it, until all are answered
-        self.running, self.limit, self.many = {}, {}, {}
+        self.running, self.limit, self.many, self.kinds = {}, {}, {}, {}
         self.known, self.waiting_offers = {}, []
         self.asked, self.windows, self.canary = {}, {}, secrets.token_bytes(CANARY_BYTES)
         self.stopping = False
@@ -104,13 +105,13 @@ class FakeHostEnd:
 
     def _take(self, kind, session, slot):
         chosen = [other for other in self.pending if other[2] == slot or
-                  (kind == READ and self.many.get(session) and other[0] == READ and other[1] == session)]
+                  (kind in self.many.get(session, ()) and other[0] == kind and other[1] == session)]
         self.pending = [other for other in self.pending if other not in chosen]
         self.running[session] = self.running.get(session, 0) + 1
         batch = {session: {other[2] for other in chosen}}
         for other in chosen:
             self.batch[other[2]] = batch
-            self.asked[other[2]] = other[4]
+            self.asked[other[2]], self.kinds[other[2]] = other[4], kind
         requests = sorted((tuple(other[2:]) for other in chosen), key=lambda request: request[1])
         return kind, session, slot, requests
 
@@ -122,24 +123,33 @@ class FakeHostEnd:
             view[max(0, end - CANARY_BYTES):end] = self.canary[:min(end, CANARY_BYTES)]
         return view
 
+    def data(self, slot):
+        window = self.windows[slot] = mmap.mmap(self.channel_fd, BUFFER_BYTES, offset=slot * BUFFER_BYTES)
+        return memoryview(window)[:self.asked[slot]].toreadonly()
+
     def _ends(self, nbytes):
         return [min(nbytes, start + PAGE) for start in range(0, nbytes, PAGE)]
 
-    def opened(self, slot, session, nbytes, concurrency, read_many, writes):
+    def opened(self, slot, session, nbytes, concurrency, read_many, writes, write_many):
         with self.changed:
-            self.limit[session], self.many[session] = concurrency, read_many
+            self.limit[session] = concurrency
+            self.many[session] = [kind for kind, many in ((READ, read_many), (WRITE, write_many)) if many]
             self.changed.notify_all()
-        self._answer(slot, "opened", session, Opened(nbytes, concurrency, read_many, writes))
+        self._answer(slot, "opened", session, Opened(nbytes, concurrency, read_many, writes, write_many))
 
     def done(self, slot):
-        nbytes, window = self.asked[slot], self.windows.pop(slot)
+        kind, nbytes, window = self.kinds[slot], self.asked[slot], self.windows.pop(slot, None)
+        if kind == FLUSH:
+            self._answer(slot, "done")
+            return None
         raw = window[:nbytes]
         try:
             window.close()
             warning = None
         except BufferError:
-            warning = "the provider kept `out`"
-        if any(raw[end - CANARY_BYTES:end] == self.canary for end in self._ends(nbytes) if end >= CANARY_BYTES):
+            warning = f"the provider kept `{'out' if kind == READ else 'data'}`"
+        ends = [end for end in self._ends(nbytes) if kind == READ and end >= CANARY_BYTES]
+        if any(raw[end - CANARY_BYTES:end] == self.canary for end in ends):
             self._answer(slot, "failed", 5, "not filled whole")
         else:
             self._answer(slot, "done")
@@ -264,10 +274,11 @@ class FakeEngine:
             self.pickles[number] = (data, name)
         return number
 
-    def post(self, session, offset=0, nbytes=BLOCK_BYTES, kind=READ):
+    def post(self, session, offset=0, nbytes=BLOCK_BYTES, kind=READ, data=None):
         with self.changed:
             slot = self.numbers.pop()
-        self.memory[slot * BUFFER_BYTES:slot * BUFFER_BYTES + nbytes] = b"\xA5" * nbytes
+        start = slot * BUFFER_BYTES
+        self.memory[start:start + nbytes] = b"\xA5" * nbytes if data is None else data
         self.tell("post", kind, session, slot, offset, nbytes)
         return slot, nbytes
 
@@ -288,6 +299,12 @@ class FakeEngine:
 
     def read(self, session, offset=0, nbytes=BLOCK_BYTES):
         return self.answer(self.post(session, offset, nbytes))
+
+    def write(self, session, offset, data):
+        self.answer(self.post(session, offset, len(data), WRITE, bytes(data)))
+
+    def flush(self, session):
+        self.answer(self.post(session, nbytes=0, kind=FLUSH))
 
     def opened(self, provider, name="a region"):
         session = self.session(provider, name)

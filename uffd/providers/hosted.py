@@ -84,12 +84,30 @@ class Provider:
             self.read(offset, out)
         return None
 
-    def write(self, offset: int, data: np.ndarray) -> None:
-        """Stores `data`, an array of uint8, at `offset`; its return acknowledges them. For providers that can write."""
-        raise TypeError(f"{type(self).__name__} can't write: it has no write(offset, data)")
+    def write(self, offset: int, data: np.ndarray) -> int | None:
+        """Stores `data`, an array of uint8 that can't be written to, at `offset`. A class that overrides it can write,
+        and its regions are of mode "r+" unless they are told otherwise. Called like `read`, by as many threads.
+
+        The return (None, or how many bytes were stored, which must be all) acknowledges them: the region may forget
+        its own copy. So they must have left this process for where `read` finds them, in an instance that is opened
+        after this process was killed, too: the kernel's cache of a file is such a place, a buffer of Python's is not.
+        An exception says that nothing is acknowledged. The same bytes may come again: after an exception, and when the
+        host died with the call. `data` is dead after the return.
+        """
+        if not overrides(self, "write_many"):
+            raise TypeError(f"{type(self).__name__} can't write: it has no write(offset, data)")
+        return self.write_many([(offset, data)])
+
+    def write_many(self, requests: Sequence[tuple[int, np.ndarray]]) -> int | None:
+        """Optional: stores several requests [(offset, data), ...], sorted by offset, none over another. Those that
+        wait are given together, for stores where one large request costs less. If it fails, none is acknowledged."""
+        for offset, data in requests:
+            self.write(offset, data)
+        return None
 
     def flush(self) -> None:
-        """Makes what was written durable; its return says that it is."""
+        """Makes durable whatever was acknowledged before it was called, by this instance or by one before it whose host
+        died; its return says that it is. Never called while a write of this region is under way."""
 
     def close(self) -> None:
         """Closes what open() opened: when the region was closed, after its last read, or the engine ends. A host that
@@ -136,6 +154,11 @@ def overrides(provider: Provider, name: str) -> bool:
     return name in vars(provider) or getattr(type(provider), name) is not getattr(Provider, name)
 
 
+def writes(provider: Provider) -> bool:
+    """Whether it can write: its class has a `write` (or a `write_many`) of its own."""
+    return overrides(provider, "write") or overrides(provider, "write_many")
+
+
 def title(provider: Any) -> str:
     """What messages call a provider."""
     return getattr(provider, "title", None) or type(provider).__name__
@@ -156,7 +179,8 @@ def as_provider(thing: Any) -> Provider | None:
     if isinstance(thing, Provider):
         if not overrides(thing, "read") and not overrides(thing, "read_many"):
             raise TypeError(f"{type(thing).__name__} has no method read(self, offset, out)")
-        if any(map(inspect.iscoroutinefunction, (thing.open, thing.read, thing.read_many))):
+        if any(map(inspect.iscoroutinefunction, (thing.open, thing.read, thing.read_many, thing.write,
+                                                 thing.write_many, thing.flush))):
             raise TypeError(f"{type(thing).__name__} has `async def` methods, and nobody awaits them: use asyncio.run, "
                             "or a loop of its own thread, inside")
         return thing
