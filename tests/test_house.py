@@ -178,6 +178,20 @@ MAY_ALLOCATE = {
     "session_end": "such a region is closed",
     "hosts_free": "an engine is gone, with its hosts",
     "map_window": "in the provider host, which serves no faults",
+    "take_out": "an eviction, in which the program's own threads find EVICTING; events of madvise are not asked for",
+    "take_out_shared": "the same",
+    "move_to_pool": "the same",
+    "move_back": "the same, in memory of the engine's own",
+    "copy_to_pool": "the same",
+    "copy_resident": "the same",
+    "discard_block": "what the program asks for",
+    "slot_release": "memory of the engine's own, which nobody faults in",
+    "pool_trim": "the same",
+    "recycled_release": "the same",
+    "pool_ready": "the first eviction of a block size; nobody waits for it",
+    "child_free_slots": "a forked child, before its first touch",
+    "region_leaves_budget": "a region is closed",
+    "spill_close": "a region is closed",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"
@@ -218,10 +232,12 @@ KERNEL = {
     "UF_REGISTER_MISSING": 1, "UF_REGISTER_WP": 2, "UF_REGISTER_MINOR": 4,
     "UF_COPY_DONTWAKE": 1, "UF_COPY_WP": 2, "UF_ZEROPAGE_DONTWAKE": 1,
     "UF_WRITEPROTECT_WP": 1, "UF_WRITEPROTECT_DONTWAKE": 2, "UF_CONTINUE_DONTWAKE": 1, "UF_CONTINUE_WP": 2,
+    "UF_MOVE_DONTWAKE": 1,
     "UF_EVENT_PAGEFAULT": 0x12, "UF_FLAG_WRITE": 1, "UF_FLAG_WP": 2, "UF_FLAG_MINOR": 4,
     "UF_IOC_NEW": 0x0000AA00, "UF_IOC_API": 0xC018AA3F, "UF_IOC_REGISTER": 0xC020AA00, "UF_IOC_UNREGISTER": 0x8010AA01,
     "UF_IOC_WAKE": 0x8010AA02, "UF_IOC_COPY": 0xC028AA03, "UF_IOC_ZEROPAGE": 0xC020AA04,
     "UF_IOC_WRITEPROTECT": 0xC018AA06, "UF_IOC_CONTINUE": 0xC020AA07, "UF_IOC_POISON": 0xC020AA08,
+    "UF_IOC_MOVE": 0xC028AA05,
     "sizeof(struct uf_msg)": 32, "offsetof(struct uf_msg, flags)": 8, "offsetof(struct uf_msg, address)": 16,
     "offsetof(struct uf_msg, ptid)": 24, "offsetof(struct uf_copy, copy)": 32,
 }
@@ -257,7 +273,7 @@ def test_c_code_gives_no_warning(tmp_path, path):
 
 def test_every_kernel_number_of_the_header_is_among_those():
     text = (ROOT / "uffd" / "_sys.h").read_text()
-    prefixes = "FEATURE|REGISTER|COPY|ZEROPAGE|WRITEPROTECT|CONTINUE|EVENT|FLAG|IOC|API|USER"
+    prefixes = "FEATURE|REGISTER|COPY|MOVE|ZEROPAGE|WRITEPROTECT|CONTINUE|EVENT|FLAG|IOC|API|USER"
     named = set(re.findall(rf"\b(UF_(?:{prefixes})_\w+)\b", text))
     assert named == {name for name in KERNEL if name.startswith("UF_")}
 

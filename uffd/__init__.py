@@ -38,7 +38,7 @@ from .engine import Engine, default_engine  # noqa: E402
 from .formats import open, pack  # noqa: E402
 from .providers.hosted import Provider  # noqa: E402
 from .region import (  # noqa: E402
-    Prefetch, Region, chunks, from_provider, pinned, populate, prefetch, region_of,
+    Prefetch, Region, chunks, from_provider, pinned, populate, prefetch, region_of, zeros,
 )
 from .stats import LatencyHistogram, Stats  # noqa: E402
 
@@ -52,5 +52,5 @@ __all__ = [
     "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "Provider",
     "ProviderError", "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine",
     "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe", "providers",
-    "region_of",
+    "region_of", "zeros",
 ]

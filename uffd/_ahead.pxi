@@ -75,12 +75,20 @@ cdef void fill_piece(Slot *s, Region_t *r, Piece *p, uint32_t cause) noexcept no
     cdef uint32_t got, left = p.count
     while left and not u32_load(&r.closing):
         got = 0
+        s.no_room = 0
         if b < r.blocks:
             got = begin_run(s, r, b, left if p.stride == 1 else 1, p.write, cause, MISSING)
         if got:
             finish_run(s, r)
             if u32_load(&s.kind) == SLOT_RETIRED:
                 break
+        elif s.no_room and cause == DEMAND:
+            room_wait(s, r, b, p.write)
+            continue
+        elif s.no_room and not evict_some(r.engine, s):
+            break                           # a hint: it is not waited for
+        elif s.no_room:
+            continue
         else:
             got = 1
         left -= got
@@ -339,6 +347,9 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
             j.outstanding += 1
             by.job = j                      # under the lock that fork() takes: a child finds every piece under way
             job_next_piece(e, j, r.shift, &first, &n)
+            j.handed_bytes += n << r.shift
+            if j.kind == PREFETCH and j.queued and j.handed_bytes > u64_load(&e.limit) / 2:
+                job_unqueue(e, j)           # more would only drive out what it has brought
     pthread_mutex_unlock(&e.job_lock)
     if j == NULL:
         return False
@@ -398,6 +409,10 @@ cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, 
     stage(s, r, H_QUEUE, now_ns() - j.since_ns)
     while b < end and not u32_load(&j.cancelled) and not u32_load(&r.closing):
         got = begin_run(s, r, b, <uint32_t>(end - b), False, j.kind, MISSING)
+        if got == 0 and (s.no_room or job_rescue(s, r, b)):
+            if s.no_room and not job_waits(e, s, j):
+                break
+            continue
         if got == 0 and j.kind == POPULATE:
             got = begin_run(s, r, b, 1, False, POPULATE, POISONED)
             if got:
@@ -412,6 +427,23 @@ cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, 
         if err != 0:
             job_fail(e, j, err, s.failed, s.tries)
     job_piece_done(e, s)
+
+
+cdef bint job_rescue(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    """A block that waits in the pool comes back; True: it is there, or s.no_room says why not."""
+    return rescue(s, r, b, False) or s.no_room
+
+
+cdef bint job_waits(Engine_t *e, Slot *s, Job_t *j) noexcept nogil:
+    """A piece finds no room: it makes some, or waits a moment. False: a prefetch that the budget can't hold, whose rest
+    is left; a populate has its blocks pinned and accounted for, so that there will be room."""
+    if evict_some(e, s):
+        return True
+    if j.kind == PREFETCH:
+        return False
+    evictor_ring(e)
+    poll(NULL, 0, 1)
+    return not u32_load(&e.stopping)
 
 
 cdef void job_fail(Engine_t *e, Job_t *j, int err, uint64_t b, uint32_t tries) noexcept nogil:

@@ -4,3 +4,4 @@ from libc.stdint cimport uint64_t
 
 cdef extern from "uffd.h" nogil:
     ctypedef int (*uffd_fill_fn)(void *user_data, uint64_t offset, void *block, size_t nbytes) noexcept
+    ctypedef int (*uffd_write_fn)(void *user_data, uint64_t offset, const void *block, size_t nbytes) noexcept

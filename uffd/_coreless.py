@@ -22,10 +22,13 @@ MAX_BLOCK = 16 << 20
 MAX_WORKERS_BASE = 64
 MAX_HOST_COUNT = 8
 JOB_PREFETCH, JOB_POPULATE = 2, 3
-STATES = {"missing": 0, "filling": 1, "clean": 2, "unprotecting": 3, "dirty": 4, "poisoned": 5}
+STATES = {"missing": 0, "filling": 1, "clean": 2, "unprotecting": 3, "dirty": 4, "poisoned": 5,
+          "evicting": 6, "pooled": 7, "pooled_dirty": 8, "copying": 9}
 COUNTER_NAMES = ("faults_read", "faults_write", "faults_wp", "blocks_demand", "blocks_readahead", "blocks_prefetch",
-                 "bytes_filled", "duplicates", "retries", "errors", "poisoned", "readahead_wasted", "repaired")
-STAGE_NAMES = ("queue", "fill", "resolve")
+                 "bytes_filled", "duplicates", "retries", "errors", "poisoned", "readahead_wasted", "repaired",
+                 "evicted", "rescued", "written_back", "bytes_written", "write_errors", "evict_waits", "evict_busy",
+                 "recycled")
+STAGE_NAMES = ("queue", "fill", "resolve", "write")
 
 
 def mode() -> tuple[str, int]:
@@ -83,11 +86,11 @@ class Filler:
         return Filler("memory", view.nbytes, kept=view)
 
     @staticmethod
-    def open_file(fd: int, offset: int, nbytes: int, direct: bool) -> Filler:
+    def open_file(fd: int, offset: int, nbytes: int, direct: bool, writable: bool = False) -> Filler:
         return Filler("file", nbytes, fd)
 
     @staticmethod
-    def native_pointer(function: int, user_data: int, inline_safe: bool, keep: object) -> Filler:
+    def native_pointer(function: int, user_data: int, inline_safe: bool, keep: object, write: int = 0) -> Filler:
         return Filler("native", None, kept=keep)
 
 

@@ -35,6 +35,11 @@ cdef inline uint64_t block_span(Region_t *r, uint64_t b) noexcept nogil:
     return whole if start + whole <= r.span else r.span - start
 
 
+cdef inline bint is_shared(Region_t *r) noexcept nogil:
+    """Whether the region's pages are those of its memfd. In a forked child they are private."""
+    return r.memfd >= 0 and not r.in_child
+
+
 cdef inline uint64_t run_bytes(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
     """Bytes of blocks [b, b+n) that are the user's."""
     cdef uint64_t start = b << r.shift, end = (b + n) << r.shift
@@ -92,12 +97,17 @@ cdef inline bint phase_change(Slot *s, uint32_t old, uint32_t new) noexcept nogi
     return u32_cas(&s.phase, s.run | old, s.run | new)
 
 
+cdef inline bint is_busy(uint32_t state) noexcept nogil:
+    """Owned by somebody who will publish another state, and wake who asked for it."""
+    return state == FILLING or state == UNPROTECTING or state == EVICTING or state == COPYING
+
+
 cdef bint claim(Slot *s, Region_t *r, uint64_t b, uint32_t from_state) noexcept nogil:
     cdef uint32_t word = u32_load(&r.state[b])
     cdef uint32_t mine
     r.known[b * 4 / PAGE] = 1
     while word & STATE_MASK == from_state and word & DEAD == 0:
-        mine = FILLING | (word & (WAITERS | FROM_PARENT | KEPT)) | ((s.index + 1) << OWNER_SHIFT)
+        mine = FILLING | (word & (WAITERS | FROM_PARENT | KEPT | STICKY)) | ((s.index + 1) << OWNER_SHIFT)
         if from_state == DIRTY:
             mine |= KEPT
         mine |= ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT
@@ -114,12 +124,17 @@ cdef inline bint owned(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
 
 cdef void publish(Region_t *r, uint64_t b, uint64_t n, uint32_t state) noexcept nogil:
     """Gives the blocks [b, b+n), which the caller owns, their new state, and wakes whoever asked for it."""
+    publish_as(r, b, n, state, STICKY)
+
+
+cdef void publish_as(Region_t *r, uint64_t b, uint64_t n, uint32_t state, uint32_t kept) noexcept nogil:
+    """The same; of the sticky flags only `kept` stay."""
     cdef uint64_t i
     cdef uint32_t old, new
     cdef bint asked = False
     for i in range(b, b + n):
         old = u32_load(&r.state[i])
-        new = state | (old >> GENERATION_SHIFT << GENERATION_SHIFT)
+        new = state | (old >> GENERATION_SHIFT << GENERATION_SHIFT) | old & kept
         if state & STATE_MASK == MISSING or state & STATE_MASK == POISONED:
             new |= old & (FROM_PARENT | KEPT)   # set before the first thread ran; WAITERS alone can change beside us
         old = u32_swap(&r.state[i], new)
@@ -132,7 +147,7 @@ cdef void publish(Region_t *r, uint64_t b, uint64_t n, uint32_t state) noexcept 
 
 cdef bint ask_for_wake(Region_t *r, uint64_t b, uint32_t word) noexcept nogil:
     """Marks a busy block so that its owner wakes the fault; False when it is not busy or not `word` any more."""
-    if word & STATE_MASK != FILLING and word & STATE_MASK != UNPROTECTING:
+    if not is_busy(word & STATE_MASK):
         return False
     return word & WAITERS != 0 and u32_load(&r.state[b]) == word or u32_cas(&r.state[b], word, word | WAITERS)
 
@@ -152,7 +167,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
                         uint32_t from_state) noexcept nogil:
     """Claims blocks from b on, at most `most` and what fits the slot's buffer; how many it got. The slot owns them."""
     cdef uint32_t limit = <uint32_t>(RUN_BYTES >> r.shift)
-    cdef uint32_t n = 0
+    cdef uint32_t n = 0, room = 0
     if limit > MAX_RUN:
         limit = MAX_RUN
     if limit == 0:
@@ -161,10 +176,23 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         limit = most
     if r.in_child:
         limit = 1                           # each block may come from elsewhere
+    if b + limit > r.blocks:
+        limit = <uint32_t>(r.blocks - b)
+    s.no_room = 0
+    s.recycled = 0
+    if from_state == MISSING or from_state == POISONED:
+        limit = room_for_run(s, r, b, limit, write, cause)
+        room = limit
     critical_enter(s)
-    while n < limit and b + n < r.blocks and claim(s, r, b + n, from_state):
+    while n < limit and claim(s, r, b + n, from_state):
+        if n and (u32_load(&r.state[b + n]) ^ u32_load(&r.state[b])) & SPILLED:
+            publish(r, b + n, 1, from_state)    # its bytes come from elsewhere: another run
+            break
         n += 1
+    if n < room:
+        room_return(s, r, b, n, room)
     if n:
+        s.room_since_ns = 0
         s.region_id = r.id
         s.region = r
         s.first = b
@@ -195,6 +223,7 @@ cdef int finish_run(Slot *s, Region_t *r) noexcept nogil:
         enter_blocking(s)
     err = attempt(s, r, s.first, s.count)
     if err != 0 and err != LATE:
+        recycled_release(s, r)
         err = retry_run(s, r, err)
     if err != LATE and not phase_change(s, BUSY, IDLE):
         err = LATE                          # taken between two tries
@@ -203,6 +232,8 @@ cdef int finish_run(Slot *s, Region_t *r) noexcept nogil:
     if r.slow:
         leave_blocking(s)
     if err == LATE:
+        room_give(s.engine, <uint64_t>s.recycled << r.shift)
+        recycled_release(s, r)
         u32_sub(&r.stuck, 1)                # it came back after all; its reference goes now
         return -ETIMEDOUT                   # the keeper has answered for the run; this worker is retired
     u64_store(&s.since_ns, 0)
@@ -268,6 +299,8 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
             publish(r, b, n, DIRTY if s.write or err > 0 else CLEAN)
             err = 0
         critical_leave(s)
+        if err == 0:
+            note_put(r, b, <uint32_t>n, NOTE_DEMAND if s.cause == DEMAND else NOTE_AHEAD)
     u32_store(&s.phase, s.run | BUSY)
     if err != 0:
         count(s, r, C_ERRORS, 1)
@@ -277,15 +310,17 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
 cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const char **source) noexcept nogil:
     """Has the provider's bytes at *source, or already in the region's own shared pages. 0 or -errno."""
     cdef uint64_t span = page_round(nbytes)
-    cdef char *target = s.staging
+    cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
     cdef int err
+    if u32_load(&r.state[offset >> r.shift]) & SPILLED:
+        return spill_read(s, r, offset, nbytes, source)
     if r.in_child and u32_load(&r.state[offset >> r.shift]) & FROM_PARENT:
         source[0] = r.alias + offset        # dirty in the parent when it forked
         return 0
-    if r.fill.kind == FILL_DIRECT and not r.minor and nbytes == span and not r.nested:
+    if r.fill.kind == FILL_DIRECT and not r.minor and nbytes == span and not r.nested and not s.recycled:
         source[0] = r.fill.direct + offset
         return 0
-    if r.fill.kind == FILL_ZERO and (not r.minor or s.repair):
+    if r.fill.kind == FILL_ZERO and (not r.minor or s.repair) and not s.recycled:
         source[0] = NULL if r.zeropage and not r.writable else zero_bytes
         return 0
     if r.hosted:
@@ -378,6 +413,8 @@ cdef int place(Slot *s, Region_t *r, uint64_t offset, uint64_t span, const char 
     cdef int err
     if s.repair:
         return place_around(r, start, span, source, protect)
+    if s.recycled:
+        return place_recycled(s, r, start, span, protect)
     if r.minor:
         err = place_run(r, OP_CONTINUE, start, 0, span, UF_CONTINUE_WP if protect else 0)
     elif source == NULL:
@@ -549,6 +586,7 @@ cdef void fail_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t tries, 
     if r.minor and u32_load(&r.state[b]) & KEPT == 0:
         fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <int64_t>(b << r.shift),
                   <int64_t>block_span(r, b))                # half-filled pages must never be mapped
+    room_give(r.engine, block_span(r, b))
     if (s.cause != DEMAND or u32_load(&r.closing)) and flags & DEAD == 0:
         publish(r, b, 1, MISSING)
         return

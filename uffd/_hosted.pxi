@@ -18,7 +18,8 @@ cdef enum:
     T_RUN = 1                               # what a carrier's thread is to do: end the run that was posted,
     T_PIECE = 2                             # fill a piece of read-ahead,
     T_JOB = 3                               # or of a prefetch or populate,
-    T_DRAIN = 4                             # wait for an answer that nobody wants any more
+    T_DRAIN = 4                             # wait for an answer that nobody wants any more,
+    T_WRITE = 5                             # or write blocks back, which its buffer holds
     HOST_DOWN = 0
     HOST_UP = 1
     HOST_BROKEN = 2                         # it can't be started: requests fail
@@ -205,6 +206,8 @@ cdef void *carrier_main(void *argument) noexcept nogil:
             fill_piece(k.s, r, &k.piece, READAHEAD)
         elif task == T_JOB:
             job_fill(e, k.s, k.job, r, k.first, k.count)
+        elif task == T_WRITE:
+            write_hosted(k.s, r)
         else:
             k.s.deadline_ns = now_ns() + k.count
             host_answer(k.s, k.count, NULL)
@@ -230,8 +233,10 @@ cdef uint32_t hosted_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint writ
         leave_blocking(s)
     got = begin_run(c, r, b, n, write, DEMAND, MISSING)
     if got == 0:
+        s.no_room = c.no_room
         carrier_return(c)
         return 0
+    s.room_since_ns = 0
     host_post_run(c, r)
     ahead_note(s, r, <int64_t>(b + got - 1))
     if alone and host_watch(c) and u32_load(&c.carrier.q.word) & REQ_STATE == REQ_DONE and c.carrier.q.error == 0:
@@ -285,9 +290,19 @@ cdef void hosted_job(Slot *c, Region_t *r, Job_t *j, uint64_t first, uint64_t n)
 cdef int inline_hosted(Region_t *r, uint64_t b, bint write) noexcept nogil:
     """In the SIGBUS handler: the toucher drives its request itself. BUS_NOT_OURS: look at the block's state again."""
     cdef Slot *c = carrier_wait(r.engine, r)
+    cdef Slot *s
     cdef uint32_t got
     u32_store(&c.tid, <uint32_t>thread_id())
     got = begin_run(c, r, b, 1, write, DEMAND, MISSING)
+    if got == 0 and c.no_room:
+        s = inline_borrow(r.engine)
+        while got == 0 and c.no_room:
+            carrier_return(c)               # not kept meanwhile: what makes room may need one
+            room_wait(s, r, b, write)
+            c = carrier_wait(r.engine, r)
+            u32_store(&c.tid, <uint32_t>thread_id())
+            got = begin_run(c, r, b, 1, write, DEMAND, MISSING)
+        inline_return(r.engine, s)
     if got:
         host_post_run(c, r)
         count(c, r, C_FAULTS_WRITE if write else C_FAULTS_READ, 1)
@@ -337,7 +352,8 @@ cdef void host_post_run(Slot *c, Region_t *r) noexcept nogil:
 
 cdef int host_prepare(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) noexcept nogil:
     cdef bint in_place = r.minor and not c.repair
-    if r.in_child and u32_load(&r.state[offset >> r.shift]) & FROM_PARENT:
+    if u32_load(&r.state[offset >> r.shift]) & SPILLED or \
+            r.in_child and u32_load(&r.state[offset >> r.shift]) & FROM_PARENT:
         return 0                            # obtain finds its bytes elsewhere
     if in_place and fallocate(r.memfd, 0, <int64_t>offset, <int64_t>page_round(nbytes)) != 0:
         return -errno

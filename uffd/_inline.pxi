@@ -181,7 +181,10 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
         if state == POISONED:
             say_poison(r, b)
             return BUS_POISONED
-        if state == FILLING and filled_here(r, word):
+        if (state == FILLING or state == EVICTING or state == COPYING) and filled_here(r, word):
+            if state != FILLING:
+                tear_copy(&r.engine.slots[((word >> OWNER_SHIFT) & OWNER_MASK) - 1], r, b)
+                return BUS_SERVED
             say_own_region(r, b)
             return BUS_POISONED
         if u32_load(&r.closing):
@@ -195,6 +198,8 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
         elif state == MISSING:
             asked_ns = inline_ask(r, b, write > 0, word, asked_ns)
             verdict = BUS_NOT_OURS
+        elif state == POOLED or state == POOLED_DIRTY:
+            verdict = inline_rescue(r, b, write > 0)
         elif state == CLEAN or state == DIRTY:
             verdict = inline_present(r, b, write, state)
         else:
@@ -220,12 +225,31 @@ cdef int inline_fill(Region_t *r, uint64_t b, bint write, uint32_t from_state) n
     """Fills the block in this thread. BUS_NOT_OURS: look at its state again."""
     cdef Slot *s = inline_borrow(r.engine)
     cdef uint32_t got = begin_run(s, r, b, 1, write, DEMAND, from_state)
+    if few_blocks(r.engine):
+        note_touch(r.engine, <uint32_t>s.tid, <uint64_t>r.base + (b << r.shift))
+    while got == 0 and s.no_room:
+        room_wait(s, r, b, write)
+        got = begin_run(s, r, b, 1, write, DEMAND, from_state)
     if got:
         count(s, r, C_FAULTS_WRITE if write else C_FAULTS_READ, 1)
         ahead_note(s, r, <int64_t>b)        # first: the workers fill ahead while this thread fills its own
         finish_run(s, r)
     inline_return(r.engine, s)
     return BUS_SERVED if got and u32_load(&r.state[b]) & STATE_MASK != POISONED else BUS_NOT_OURS
+
+
+cdef int inline_rescue(Region_t *r, uint64_t b, bint write) noexcept nogil:
+    """The block waits in the pool. BUS_NOT_OURS: look at its state again."""
+    cdef Slot *s = inline_borrow(r.engine)
+    cdef bint came
+    if few_blocks(r.engine):
+        note_touch(r.engine, <uint32_t>s.tid, <uint64_t>r.base + (b << r.shift))
+    count(s, r, C_FAULTS_WRITE if write else C_FAULTS_READ, 1)
+    came = demand_pooled(s, r, b, write)
+    while not came and s.no_room:
+        came = demand_pooled(s, r, b, write)
+    inline_return(r.engine, s)
+    return BUS_SERVED if came else BUS_NOT_OURS
 
 
 cdef uint64_t inline_ask(Region_t *r, uint64_t b, bint write, uint32_t word, uint64_t asked_ns) noexcept nogil:
@@ -253,6 +277,9 @@ cdef int inline_present(Region_t *r, uint64_t b, int write, uint32_t state) noex
     if state == CLEAN and write < 0 and (r.minor or block_present(r, b)):
         write = 1                           # there, and faulting: a write (of a shared block at least maybe)
     elif state == CLEAN and write == 0 and block_present(r, b):
+        return BUS_SERVED
+    if write > 0 and state == CLEAN and r.guard:
+        forbid_write(r, b)
         return BUS_SERVED
     s = inline_borrow(r.engine)
     if write > 0 and state == CLEAN and lift_run(s, r, b, 1):
@@ -305,6 +332,7 @@ cdef Slot *inline_borrow(Engine_t *e) noexcept nogil:
         if u64_cas(&e.inline_free, bits, bits & ~bit):
             s = &e.slots[MAX_WORKERS + u64_log2(bit)]
             u32_store(&s.tid, <uint32_t>thread_id())
+            s.room_since_ns = 0
             return s
 
 

@@ -10,6 +10,7 @@
 cdef enum:
     TICK_IDLE_MS = 500
     TICK_BUSY_MS = 10
+cdef uint64_t FOLLOW_NS = 400000000         # between looks at what memory the machine and the cgroup have left
 cdef uint32_t finalizing = 0                # the interpreter is on its way out: it is not to be called any more
 cdef uint64_t PATIENCE_NS = 2 * SECOND_NS   # of a wait before the user is told
 cdef uint64_t STALL_NS = 20000000           # all workers inside slow fills before another one is started
@@ -47,6 +48,8 @@ cdef void *keeper_main(void *argument) noexcept nogil:
             say_taken()
             said = True
         timeout_ms = keeper_tick(e)
+        if now_ns() - e.followed_ns > FOLLOW_NS:
+            budget_follow(e)
         if e.hosts != NULL and hosts_look(e):
             timeout_ms = TICK_BUSY_MS
     if e.hosts != NULL:
@@ -161,6 +164,7 @@ cdef void keeper_time_out(Engine_t *e, Slot *s, Region_t *r, uint64_t since) noe
     for b in range(s.first, s.first + s.count):
         if owned(s, r, b):
             fail_block(s, r, b, -ETIMEDOUT, s.tries + 1, DEAD if r.minor else 0)
+    u64_add(&e.used, <uint64_t>s.recycled << r.shift)   # the hung fill has these pages, until it comes back
     critical_leave(me)
     if s.job != NULL:
         job_fail(e, s.job, -ETIMEDOUT, s.first, s.tries + 1)
@@ -181,7 +185,7 @@ cdef void keeper_reap(Engine_t *e) noexcept nogil:
     pthread_mutex_lock(&registry_lock)
     while at[0] != NULL:
         r = at[0]
-        if u32_load(&r.refs) <= u32_load(&r.stuck):
+        if u32_load(&r.refs) <= u32_load(&r.stuck) and u32_load(&r.flush_at_end) != 1:
             at[0] = r.next_dying
             region_reap(r)
             reaped = True
@@ -190,6 +194,41 @@ cdef void keeper_reap(Engine_t *e) noexcept nogil:
     pthread_mutex_unlock(&registry_lock)
     if reaped and not u32_load(&finalizing):
         Py_AddPendingCall(&_sweep_pending, NULL)    # refused when its queue is full: the next API call sweeps too
+
+
+cdef void budget_follow(Engine_t *e) noexcept nogil:
+    """What the machine has may become less, or more: "auto" is 60 % of what there is for us, and no budget is more than
+    a memory cgroup leaves. Under memory pressure (PSI) it falls by eighths, down to a half, and comes back."""
+    cdef uint64_t used = u64_load(&e.used), room, limit = e.asked_limit, now = u64_load(&e.limit)
+    cdef int i
+    e.followed_ns = now_ns()
+    room = sys_memory_available() + used if e.auto_limit else NO_LIMIT
+    for i in range(e.cgroups):
+        room = u64_min(room, sys_cgroup_room(e.cgroup[i].limit, e.cgroup[i].usage, e.cgroup[i].stat, used))
+    if e.auto_limit:
+        limit = room / 10 * 6
+    elif room != NO_LIMIT:
+        limit = u64_min(limit, room / 10 * 9)
+    e.pressed = pressed(e.pressed, sys_pressure(e.pressure))
+    if limit != NO_LIMIT:
+        limit -= limit / 8 * e.pressed
+    if limit != now and (limit < now - now / 64 or limit > now + now / 64 or limit == e.asked_limit):
+        budget_set(e, limit)
+
+
+cdef inline uint32_t pressed(uint32_t old, uint32_t percent) noexcept nogil:
+    if percent > 10:
+        return old + 1 if old < 4 else 4
+    return old - 1 if old and percent < 2 else old
+
+
+cdef void budget_set(Engine_t *e, uint64_t limit) noexcept nogil:
+    pthread_mutex_lock(&e.policy_lock)
+    u64_store(&e.limit, limit)
+    policy_limit(&e.pol, limit)
+    pthread_mutex_unlock(&e.policy_lock)
+    evictor_ring(e)
+    room_tell(e)
 
 
 cdef void say_waiting(Slot *s, Region_t *r, uint64_t age_ns) noexcept nogil:

@@ -81,6 +81,8 @@ cdef int region_make(Region_t *r) noexcept nogil:
         err = registry_add(r)
         if err == 0:
             e.regions += 1
+            if e.block_max < <uint64_t>1 << r.shift:
+                e.block_max = <uint64_t>1 << r.shift
         pthread_mutex_unlock(&registry_lock)
         if err == 0 and not r.is_inline:
             err = region_watch(r)
@@ -122,12 +124,12 @@ cdef void region_unwatch(Region_t *r) noexcept nogil:
 
 
 cdef inline uint64_t state_bytes(Region_t *r) noexcept nogil:
-    """The words, and behind them a byte per page of words."""
-    return page_round(r.blocks * 4) + page_round(r.blocks * 4 / PAGE + 1)
+    """What there is for each block, and behind it a byte per page of words: all of it untouched at first."""
+    return 3 * page_round(r.blocks * 4) + 2 * page_round(r.blocks) + page_round(r.blocks * 4 / PAGE + 1)
 
 
 cdef int region_map(Region_t *r) noexcept nogil:
-    cdef int protection = PROT_READ | PROT_WRITE if r.writable else PROT_READ
+    cdef int protection = PROT_READ | PROT_WRITE if r.writable or r.guard else PROT_READ
     cdef bint shared = r.memfd >= 0
     r.state = <uint32_t *>map_lazy(state_bytes(r), PROT_READ | PROT_WRITE, -1)
     r.counters = <Counters *>map_lazy(page_round(STRIPES * sizeof(Counters)), PROT_READ | PROT_WRITE, -1)
@@ -135,7 +137,11 @@ cdef int region_map(Region_t *r) noexcept nogil:
         r.texts = map_lazy(page_round(ERRORS * sizeof(Text)), PROT_READ | PROT_WRITE, -1)
     if r.state == NULL or r.counters == NULL or r.hosted and r.texts == NULL:
         return -ENOMEM
-    r.known = <uint8_t *>r.state + page_round(r.blocks * 4)
+    r.node = <uint32_t *>(<char *>r.state + page_round(r.blocks * 4))
+    r.place = <uint32_t *>(<char *>r.node + page_round(r.blocks * 4))
+    r.pins = <uint8_t *>r.place + page_round(r.blocks * 4)
+    r.spill = r.pins + page_round(r.blocks)
+    r.known = r.spill + page_round(r.blocks)
     if shared:
         if ftruncate(r.memfd, <int64_t>r.span) != 0:
             return -errno
@@ -177,7 +183,8 @@ cdef void region_unmap(Region_t *r) noexcept nogil:
 cdef int region_shut(Region_t *r, uint64_t patience_ns) noexcept nogil:
     """Takes a region out of service and tears it down as soon as nobody has it in hand.
 
-    0: gone. 1: somebody had it for longer than patience_ns; the keeper goes on, and sets r.gone.
+    0: gone. 1: somebody had it for longer than patience_ns, or the writer is to flush it first (flush_at_end); the
+    keeper goes on, and sets r.gone.
     """
     cdef Engine_t *e = r.engine
     cdef uint64_t deadline = now_ns() + patience_ns
@@ -197,7 +204,7 @@ cdef int region_shut(Region_t *r, uint64_t patience_ns) noexcept nogil:
             break
         futex_wait(&r.refs, refs, 20000000)
     pthread_mutex_lock(&registry_lock)
-    if u32_load(&r.refs) <= u32_load(&r.stuck):
+    if u32_load(&r.refs) <= u32_load(&r.stuck) and r.flush_at_end != 1:
         region_reap(r)
         last = True
     else:
@@ -206,6 +213,8 @@ cdef int region_shut(Region_t *r, uint64_t patience_ns) noexcept nogil:
     pthread_mutex_unlock(&registry_lock)
     if not last:
         eventfd_raise(e.keeper_fd)
+        u32_store(&e.write_bell, 1)
+        futex_wake_all(&e.write_bell)
     return 0 if last else 1
 
 
@@ -224,11 +233,37 @@ cdef void region_reap(Region_t *r) noexcept nogil:
             e.closed.n[k] += r.counters[i].n[k]
         for k in range(STAGES * BUCKETS):
             (<uint64_t *>e.closed.stage)[k] += (<uint64_t *>r.counters[i].stage)[k]
+    region_leaves_budget(r)
     region_unmap(r)
+    spill_close(r)
     if r.hosted:
         session_end(e, r.fill.session)
     e.regions -= 1
     u32_store(&r.gone, 1)
+
+
+cdef void region_leaves_budget(Region_t *r) noexcept nogil:
+    """What a region that ends has in memory and in the pool is free again; the policy forgets it."""
+    cdef Engine_t *e = r.engine
+    cdef uint64_t b = 0, last = 0, nbytes = 0
+    cdef uint32_t state
+    pthread_mutex_lock(&e.policy_lock)
+    notes_drain(e)
+    while next_known(r, &b, &last):
+        while b < last:
+            state = u32_load(&r.state[b]) & STATE_MASK
+            if state != MISSING and state != POISONED:
+                nbytes += block_span(r, b)
+            if (state == POOLED or state == POOLED_DIRTY) and not is_shared(r):
+                madvise(slot_at(e, r.shift, r.place[b]), <uint64_t>1 << r.shift, MADV_DONTNEED)
+                hole_give(e, r.shift, r.place[b], 1)
+            if r.node[b] and policy_ref(&e.pol, r.node[b]) == ref_of(r, b):
+                policy_forget(&e.pol, r.node[b])
+            if u8_load(&r.pins[b]):
+                u64_add(&e.pinned, -block_span(r, b))
+            b += 1
+    pthread_mutex_unlock(&e.policy_lock)
+    room_give(e, nbytes)
 
 
 cdef void jobs_cancel(Engine_t *e, uint64_t region_id) noexcept nogil:
@@ -258,14 +293,26 @@ cdef int engine_make(Engine_t **out, uint32_t workers) noexcept nogil:
     e.workers = workers
     e.faults_fd = -1
     e.keeper_fd = -1
+    e.pool_fd = -1
+    e.limit = NO_LIMIT
+    e.asked_limit = NO_LIMIT
+    e.residence_ns = RESIDENCE_NS
     pthread_mutex_init(&e.job_lock, NULL)
+    pthread_mutex_init(&e.policy_lock, NULL)
     e.slots = <Slot *>map_lazy(page_round(MAX_SLOTS * sizeof(Slot)), PROT_READ | PROT_WRITE, -1)
-    e.demand = <Ring *>map_lazy(page_round(2 * sizeof(Ring)), PROT_READ | PROT_WRITE, -1)
+    e.demand = <Ring *>map_lazy(page_round(3 * sizeof(Ring)), PROT_READ | PROT_WRITE, -1)
     e.closed = <Counters *>calloc(1, sizeof(Counters))
-    if e.slots == NULL or e.demand == NULL or e.closed == NULL:
+    e.notes = <Notes *>map_lazy(page_round(sizeof(Notes)), PROT_READ | PROT_WRITE, -1)
+    e.pool_span = page_round(<uint64_t>sysconf(_SC_PHYS_PAGES) * PAGE / 2)
+    e.node_capacity = <uint32_t>(<uint64_t>sysconf(_SC_PHYS_PAGES) * 5 / 4 + NOTES)
+    e.nodes = <policy_node *>map_lazy(page_round(e.node_capacity * sizeof(policy_node)), PROT_READ | PROT_WRITE, -1)
+    if e.slots == NULL or e.demand == NULL or e.closed == NULL or e.notes == NULL or e.nodes == NULL:
         engine_free(e)
         return -ENOMEM
+    policy_init(&e.pol, e.nodes, e.node_capacity)
+    policy_limit(&e.pol, NO_LIMIT)
     e.ahead = &e.demand[1]
+    e.writes = &e.demand[2]
     for i in range(<uint32_t>MAX_SLOTS):
         e.slots[i].engine = e
         e.slots[i].index = i
@@ -292,6 +339,8 @@ cdef int engine_start(Engine_t *e) noexcept nogil:
     cdef uint32_t i
     ring_init(e.demand)
     ring_init(e.ahead)
+    ring_init(e.writes)
+    notes_init(e.notes)
     e.inline_free = (<uint64_t>1 << INLINE_SLOTS) - 1
     e.follow = e.workers > 4
     e.faults_fd = epoll_create1(EPOLL_CLOEXEC)
@@ -306,9 +355,22 @@ cdef int engine_start(Engine_t *e) noexcept nogil:
         err = worker_start(e, &e.slots[i], cpus[i * n / e.workers] if n and e.workers <= <uint32_t>n else -1)
         if err != 0:
             return err
-    err = thread_spawn(&keeper_main, e, b"uffd-keeper", -1)
+    err = helper_start(e, &evictor_main, b"uffd-evictor")
+    if err == 0:
+        err = helper_start(e, &writer_main, b"uffd-writer")
+    if err == 0:
+        err = thread_spawn(&keeper_main, e, b"uffd-keeper", -1)
     if err == 0:
         u32_store(&e.keepers, 1)
+    return err
+
+
+cdef int helper_start(Engine_t *e, void *(*run)(void *) noexcept nogil, const char *name) noexcept nogil:
+    cdef int err
+    u32_add(&e.evictors, 1)
+    err = thread_spawn(run, e, name, -1)
+    if err != 0:
+        u32_sub(&e.evictors, 1)
     return err
 
 
@@ -410,20 +472,41 @@ cdef bint engine_stop(Engine_t *e) noexcept nogil:
             if e.slots[i].wake_fd >= 0:
                 eventfd_raise(e.slots[i].wake_fd)
         carriers_end(e)
+        helpers_end(e)
         alive = u32_load(&e.alive)
-        if alive == 0 and u32_load(&e.keepers) == 0 and u32_load(&e.carriers) == 0:
+        if alive == 0 and u32_load(&e.keepers) == 0 and u32_load(&e.carriers) == 0 and u32_load(&e.evictors) == 0:
             break
         futex_wait(&e.alive if alive else &e.keepers, alive if alive else 1, 10000000)
     for i in range(<uint32_t>MAX_WORKERS):
         stuck = stuck or e.slots[i].kind != SLOT_FREE
-    if stuck or u32_load(&e.alive) or u32_load(&e.keepers) or u32_load(&e.carriers):
+    if stuck or u32_load(&e.alive) or u32_load(&e.keepers) or u32_load(&e.carriers) or u32_load(&e.evictors):
         return False
     engine_free(e)
     return True
 
 
+cdef void helpers_end(Engine_t *e) noexcept nogil:
+    """Wakes evictor and writer, so that they see that the engine stops."""
+    u32_store(&e.bell, 1)
+    futex_wake_all(&e.bell)
+    u32_store(&e.write_bell, 1)
+    futex_wake_all(&e.write_bell)
+
+
 cdef void engine_free(Engine_t *e) noexcept nogil:
     cdef uint32_t i
+    cdef uint64_t bits
+    for i in range(<uint32_t>CLASSES):
+        if e.pool[i].base != NULL:
+            bits = page_round(e.pool[i].slots / 8 + 8)
+            munmap(e.pool[i].base, e.pool[i].slots << (i + 12))
+            munmap(e.pool[i].taken, 2 * bits)
+    if e.pool_fd >= 0:
+        close(e.pool_fd)
+    if e.notes != NULL:
+        munmap(e.notes, page_round(sizeof(Notes)))
+    if e.nodes != NULL:
+        munmap(e.nodes, page_round(e.node_capacity * sizeof(policy_node)))
     if e.slots != NULL:
         for i in range(<uint32_t>MAX_SLOTS):
             slot_close(&e.slots[i])
@@ -431,7 +514,7 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
                 munmap(e.slots[i].staging, MAX_BLOCK_BYTES)
         munmap(e.slots, page_round(MAX_SLOTS * sizeof(Slot)))
     if e.demand != NULL:
-        munmap(e.demand, page_round(2 * sizeof(Ring)))
+        munmap(e.demand, page_round(3 * sizeof(Ring)))
     if e.faults_fd >= 0:
         close(e.faults_fd)
     if e.keeper_fd >= 0:
@@ -442,161 +525,6 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
         hosts_free(e.hosts)
     free(e.closed)
     free(e)
-
-
-# ---- fork -------------------------------------------------------------------------------------------------------
-
-cdef void fork_prepare() noexcept nogil:
-    """Nobody changes a block's state while the kernel copies the process, page after page."""
-    cdef Engine_t *e
-    pthread_mutex_lock(&registry_lock)
-    u32_store_seq(&fork_gate, 1)
-    e = engines
-    while e != NULL:
-        pthread_mutex_lock(&e.job_lock)
-        settle(e)
-        e = e.next
-
-
-cdef void fork_parent() noexcept nogil:
-    cdef Engine_t *e = engines
-    u32_store_seq(&fork_gate, 0)
-    futex_wake_all(&fork_gate)
-    while e != NULL:
-        pthread_mutex_unlock(&e.job_lock)
-        e = e.next
-    pthread_mutex_unlock(&registry_lock)
-
-
-cdef void fork_child() noexcept nogil:
-    """The child has this one thread and none of ours. It opens uffds of its own over the same ranges and starts its
-    own workers, before it can touch anything: it serves itself."""
-    cdef Engine_t *e = engines
-    cdef uint64_t i
-    u32_store_seq(&fork_gate, 0)
-    pthread_mutex_init(&registry_lock, NULL)
-    memset(stripe, 0, sizeof(stripe))
-    bus_after_fork()
-    while e != NULL:
-        child_engine(e)
-        e = e.next
-    if snapshot != NULL and snapshot.n:
-        bus_ensure()                        # somebody of the parent may have been in the middle of it
-        for i in range(snapshot.n):
-            child_region(snapshot.entry[i].region)
-
-
-cdef void child_engine(Engine_t *e) noexcept nogil:
-    cdef uint32_t i
-    cdef Slot *s
-    cdef Job_t *j
-    pthread_mutex_init(&e.job_lock, NULL)
-    while e.jobs != NULL:
-        j = e.jobs
-        e.jobs = j.next
-        j.queued = 0
-        u32_store(&j.cancelled, 1)
-        job_finish(j)
-    for i in range(<uint32_t>MAX_SLOTS):
-        s = &e.slots[i]
-        child_slot(s)
-    close(e.faults_fd)
-    close(e.keeper_fd)
-    e.jobs_waiting = 0
-    e.idle[0] = 0
-    e.idle[1] = 0
-    e.busy = 0
-    e.alive = 0
-    e.keepers = 0
-    e.dying = NULL
-    e.stalled_ns = 0
-    e.placing = 0
-    e.broken = (e.hosts != NULL and hosts_child(e) != 0) or engine_start(e) != 0
-    if e.broken:
-        say_child(b"a forked child could not start its workers; touching a missing page will end it")
-
-
-cdef void child_slot(Slot *s) noexcept nogil:
-    """What the parent's thread had in hand at the fork is missing here."""
-    cdef uint64_t b
-    cdef Region_t *r = <Region_t *>table[s.region_id & (MAX_REGIONS - 1)]
-    if s.since_ns != 0 and r != NULL and r.id == s.region_id:
-        for b in range(s.first, s.first + s.count):
-            if owned(s, r, b):
-                r.state[b] = (POISONED | <uint32_t>EIO << OWNER_SHIFT if s.repair else MISSING) | (
-                    r.state[b] & (FROM_PARENT | KEPT))      # a repair: the poison may still lie there
-        if r.fill.forget != NULL:
-            r.fill.forget(r.fill.self, s.index)             # caught in the middle of a change
-    if s.job != NULL:
-        u32_store(&s.job.cancelled, 1)
-        s.job.outstanding -= 1
-        job_finish(s.job)
-    slot_close(s)
-    s.critical = 0
-    s.phase = IDLE
-    s.since_ns = 0
-    s.job = NULL
-    s.tid = 0
-    if s.kind != SLOT_INLINE and s.kind != SLOT_HOSTED:
-        s.kind = SLOT_FREE
-
-
-cdef void child_region(Region_t *r) noexcept nogil:
-    cdef int err = -EAGAIN if r.engine.broken else 0
-    r.refs = 0
-    r.asked = 0
-    r.stuck = 0
-    r.ahead_lock = 0
-    if r.fd >= 0:
-        close(r.fd)                         # the parent still has it: nobody is woken by this
-    if err == 0 and r.memfd >= 0 and not r.in_child:
-        err = child_make_private(r)
-    if err == 0:
-        err = region_listen(r)
-    if err == 0 and not r.is_inline:
-        err = region_watch(r)
-    if err == 0 and r.protect:
-        child_protect(r)
-    if err != 0:
-        if map_forbid(r.base, r.span) != 0:
-            bus_die()                       # a signal, and no zeros
-        say_child(b"a forked child could not take a region over; it will die if it touches it")
-
-
-cdef int child_make_private(Region_t *r) noexcept nogil:
-    """Shared backing: parent and child must not both fill the same page, so the child gets private memory. What was
-    clean comes from the provider again, what the parent had written comes from its pages, as of the child's first
-    touch."""
-    cdef uint64_t b = 0, last = 0
-    cdef uint32_t state
-    cdef int protection = PROT_READ | PROT_WRITE if r.writable else PROT_READ
-    if mmap(r.base, r.span, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED:
-        return -errno
-    madvise(r.base, r.span, 15)             # MADV_NOHUGEPAGE
-    r.in_child = 1
-    r.minor = False
-    r.protect = r.writable and has(UF_FEATURE_WP)
-    while next_known(r, &b, &last):
-        while b < last:
-            state = r.state[b] & STATE_MASK
-            r.state[b] = MISSING | (FROM_PARENT if state == DIRTY or state == UNPROTECTING else 0)
-            b += 1
-    return 0
-
-
-cdef void child_protect(Region_t *r) noexcept nogil:
-    """fork() dropped the write protection: the child's clean blocks get it back, so that its dirty ones are known."""
-    cdef uint64_t b = 0, last = 0, first
-    while next_known(r, &b, &last):
-        while b < last:
-            first = b
-            while b < last and r.state[b] & STATE_MASK == CLEAN:
-                b += 1
-            if b > first:
-                uf_writeprotect(r.fd, <uint64_t>(r.base + (first << r.shift)),
-                                ((b - 1 - first) << r.shift) + block_span(r, b - 1), UF_WRITEPROTECT_WP)
-            else:
-                b += 1
 
 
 cdef bint next_known(Region_t *r, uint64_t *first, uint64_t *end) noexcept nogil:
@@ -610,11 +538,3 @@ cdef bint next_known(Region_t *r, uint64_t *first, uint64_t *end) noexcept nogil
             return True
         first[0] = end[0]
     return False
-
-
-cdef void say_child(const char *text) noexcept nogil:
-    cdef line l
-    l.n = 0
-    line_text(&l, b"uffd: ")
-    line_text(&l, text)
-    line_say(&l)

@@ -45,6 +45,7 @@ cdef struct FileSource:
 
 cdef struct NativeSource:
     uffd_fill_fn function
+    uffd_write_fn write         # or NULL
     void *user_data
 
 
@@ -88,9 +89,24 @@ cdef int file_fill_direct(void *self, uint32_t slot, uint64_t offset, void *bloc
     return 0
 
 
+cdef int file_store(void *self, uint32_t slot, uint64_t offset, const void *block, size_t nbytes) noexcept nogil:
+    cdef FileSource *f = <FileSource *>self
+    return pwrite_all(f.fd, <const char *>block, nbytes, f.offset + offset)
+
+
+cdef int file_sync(void *self) noexcept nogil:
+    cdef FileSource *f = <FileSource *>self
+    return -errno if fdatasync(f.fd) != 0 else 0
+
+
 cdef int native_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil:
     cdef NativeSource *n = <NativeSource *>self
     return n.function(n.user_data, offset, block, nbytes)
+
+
+cdef int native_store(void *self, uint32_t slot, uint64_t offset, const void *block, size_t nbytes) noexcept nogil:
+    cdef NativeSource *n = <NativeSource *>self
+    return n.write(n.user_data, offset, block, nbytes)
 
 
 @no_gc_clear
@@ -151,16 +167,20 @@ cdef class Filler:
         return f
 
     @staticmethod
-    def open_file(int fd, uint64_t offset, nbytes, bint direct):
+    def open_file(int fd, uint64_t offset, nbytes, bint direct, bint writable):
         """Takes the descriptor over."""
         cdef Filler f = Filler()
-        f.remake = lambda: Filler.open_file(_os.dup(fd), offset, nbytes, direct)
+        f.remake = lambda: Filler.open_file(_os.dup(fd), offset, nbytes, direct, writable)
         f.kind = "file"
         f.nbytes = nbytes
         f.file.fd = fd
         f.file.offset = offset
         f.fill.kind = FILL_CALL
         f.fill.call = &file_fill_direct if direct else &file_fill
+        if writable:
+            f.fill.writes = True
+            f.fill.store = &file_store
+            f.fill.sync = &file_sync
         f.fill.self = &f.file
         f.fill.inline_safe = True
         f.fill.may_block = True
@@ -193,20 +213,29 @@ cdef class Filler:
         return f
 
     @staticmethod
-    def native_pointer(function, user_data, bint inline_safe, keep):
-        """Of two addresses; `keep` holds what they belong to."""
+    def native_pointer(function, user_data, bint inline_safe, keep, write=0):
+        """Of two addresses, and that of a function that writes back, or 0; `keep` holds what they belong to."""
         cdef Filler f = Filler()
-        f.remake = lambda: Filler.native_pointer(function, user_data, inline_safe, keep)
+        f.remake = lambda: Filler.native_pointer(function, user_data, inline_safe, keep, write)
         f.kind = "native"
         f.keep = keep
         f.native.function = <uffd_fill_fn><uintptr_t>function
         f.native.user_data = <void *><uintptr_t>user_data
+        f.native.write = <uffd_write_fn><uintptr_t>write
+        if write:
+            f.fill.writes = True
+            f.fill.store = &native_store
         f.fill.kind = FILL_CALL
         f.fill.call = &native_fill
         f.fill.self = &f.native
         f.fill.inline_safe = inline_safe
         f.fill.may_block = True
         return f
+
+    @property
+    def writes(self):
+        """Whether it can be written back to."""
+        return bool(self.fill.writes)
 
     @property
     def span(self):

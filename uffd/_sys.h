@@ -65,6 +65,7 @@ enum { UF_COPY_DONTWAKE = 1, UF_COPY_WP = 2 };
 enum { UF_ZEROPAGE_DONTWAKE = 1 };
 enum { UF_WRITEPROTECT_WP = 1, UF_WRITEPROTECT_DONTWAKE = 2 };
 enum { UF_CONTINUE_DONTWAKE = 1, UF_CONTINUE_WP = 2 };
+enum { UF_MOVE_DONTWAKE = 1 };
 enum { UF_EVENT_PAGEFAULT = 0x12 };
 enum { UF_FLAG_WRITE = 1, UF_FLAG_WP = 2, UF_FLAG_MINOR = 4 };
 
@@ -76,6 +77,7 @@ struct uf_zeropage { struct uf_range range; uint64_t mode; int64_t zeropage; };
 struct uf_writeprotect { struct uf_range range; uint64_t mode; };
 struct uf_continue { struct uf_range range; uint64_t mode; int64_t mapped; };
 struct uf_poison { struct uf_range range; uint64_t mode; int64_t updated; };
+struct uf_move { uint64_t dst, src, len, mode; int64_t move; };
 
 struct uf_msg {                                  /* what read() on a userfaultfd returns */
     uint8_t event, reserved1;
@@ -92,6 +94,7 @@ struct uf_msg {                                  /* what read() on a userfaultfd
 #define UF_IOC_WAKE _IOR(0xAA, 0x02, struct uf_range)
 #define UF_IOC_COPY _IOWR(0xAA, 0x03, struct uf_copy)
 #define UF_IOC_ZEROPAGE _IOWR(0xAA, 0x04, struct uf_zeropage)
+#define UF_IOC_MOVE _IOWR(0xAA, 0x05, struct uf_move)                      /* 6.8  */
 #define UF_IOC_WRITEPROTECT _IOWR(0xAA, 0x06, struct uf_writeprotect)      /* 5.7  */
 #define UF_IOC_CONTINUE _IOWR(0xAA, 0x07, struct uf_continue)              /* 5.13 */
 #define UF_IOC_POISON _IOWR(0xAA, 0x08, struct uf_poison)                  /* 6.6  */
@@ -116,6 +119,11 @@ static inline int u32_cas(uint32_t *p, uint32_t old, uint32_t new_)
 static inline void u32_store_seq(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 static inline uint32_t u32_load_seq(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 static inline uint32_t u32_add_seq(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+static inline uint8_t u8_load(const uint8_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline int u8_cas(uint8_t *p, uint8_t old, uint8_t new_)
+{
+    return __atomic_compare_exchange_n(p, &old, new_, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
 static inline uint64_t u64_load(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline void u64_store(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 static inline int u64_cas(uint64_t *p, uint64_t old, uint64_t new_)
@@ -252,6 +260,14 @@ static inline int uf_poison(int fd, uint64_t start, uint64_t len, int64_t *done)
     return r;
 }
 
+static inline int uf_move(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done)
+{
+    struct uf_move a = { dst, src, len, mode, 0 };
+    int r = ioctl(fd, UF_IOC_MOVE, &a) ? -errno : 0;
+    *done = a.move;
+    return r;
+}
+
 /* mode 0 lifts the protection and wakes who waits for it */
 static inline int uf_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
@@ -288,6 +304,13 @@ static inline int map_forbid(char *start, uint64_t len)
     return p == MAP_FAILED ? -errno : 0;
 }
 
+/* Breaks the sharing of pages with a forked child or parent, without a touch. 5.14; -EINVAL before, and for memory that
+ * is not writable. */
+static inline int map_unshare(char *start, uint64_t len)
+{
+    return madvise(start, len, 23 /* MADV_POPULATE_WRITE */) ? -errno : 0;
+}
+
 static inline int page_present(char *page)
 {
     unsigned char there = 0;
@@ -307,6 +330,81 @@ static inline int copy_guarded(char *target, const char *source, uint64_t nbytes
         nbytes -= (uint64_t)n;
     }
     return 0;
+}
+
+/* ---- how much memory there is ----------------------------------------------------------------------------------- */
+
+static inline uint64_t u64_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* What a small file says, behind `key` if that is not NULL: the whole number there, or `otherwise` ("max", no file). */
+static inline uint64_t sys_file_number(const char *path, const char *key, uint64_t otherwise)
+{
+    char text[8192], *p = text, *end;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return otherwise;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    text[n < 0 ? 0 : n] = 0;
+    if (key) {
+        p = strstr(text, key);
+        if (!p)
+            return otherwise;
+        p += strlen(key);
+    }
+    while (*p == ' ')
+        p++;
+    uint64_t v = strtoull(p, &end, 10);
+    return end == p ? otherwise : v;
+}
+
+static inline uint64_t sys_memory_available(void)
+{
+    uint64_t kib = sys_file_number("/proc/meminfo", "MemAvailable:", UINT64_MAX);
+    return kib > UINT64_MAX >> 12 ? UINT64_MAX / 2 : kib * 1024;
+}
+
+/* Bytes of a memory cgroup that may be ours: what is free in it, what we have already, and file pages, which the kernel
+ * takes away when it needs them. UINT64_MAX: no limit. */
+static inline uint64_t sys_cgroup_room(const char *limit_path, const char *usage_path, const char *stat_path,
+                                       uint64_t used)
+{
+    uint64_t limit = sys_file_number(limit_path, NULL, UINT64_MAX);
+    uint64_t usage = sys_file_number(usage_path, NULL, 0), files;
+    if (limit > UINT64_MAX / 4)                  /* "max"; version 1 says a number of that kind */
+        return UINT64_MAX;
+    files = sys_file_number(stat_path, "\ntotal_inactive_file ", 0) +
+            sys_file_number(stat_path, "\ntotal_active_file ", 0);
+    if (!files)                                  /* version 2 */
+        files = sys_file_number(stat_path, "\ninactive_file ", 0) + sys_file_number(stat_path, "\nactive_file ", 0);
+    uint64_t others = usage > used + files ? usage - used - files : 0;
+    return limit > others ? limit - others : 0;
+}
+
+/* Percent of the last ten seconds in which somebody waited for memory; 0 where the kernel does not say (PSI, 4.20). */
+static inline unsigned sys_pressure(const char *path)
+{
+    return *path ? (unsigned)sys_file_number(path, "some avg10=", 0) : 0;
+}
+
+/* A file without a name in a folder, for this process alone; gone with its last descriptor. */
+static inline int sys_unnamed_file(const char *folder)
+{
+    int fd = open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC | O_EXCL, 0600);
+    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL))
+        return fd < 0 ? -errno : fd;
+    char path[320];                              /* file systems without O_TMPFILE */
+    for (int i = 0; i < 100; i++) {
+        snprintf(path, sizeof path, "%s/uffd-%d-%llx", folder, (int)getpid(), (unsigned long long)now_ns() + i);
+        fd = open(path, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+        if (fd >= 0) {
+            unlink(path);
+            return fd;
+        }
+        if (errno != EEXIST)
+            break;
+    }
+    return -errno;
 }
 
 static inline int sys_memfd(const char *name)

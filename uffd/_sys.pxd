@@ -10,12 +10,12 @@ cdef extern from "_sys.h" nogil:
         UF_FEATURE_WP_HUGETLBFS_SHMEM, UF_FEATURE_WP_UNPOPULATED, UF_FEATURE_POISON, UF_FEATURE_WP_ASYNC
         UF_FEATURE_MOVE
         UF_REGISTER_MISSING, UF_REGISTER_WP, UF_REGISTER_MINOR
-        UF_COPY_WP, UF_CONTINUE_WP, UF_WRITEPROTECT_WP
+        UF_COPY_WP, UF_CONTINUE_WP, UF_WRITEPROTECT_WP, UF_MOVE_DONTWAKE
         UF_EVENT_PAGEFAULT
         UF_FLAG_WRITE, UF_FLAG_WP, UF_FLAG_MINOR
         UF_WAY_DEVICE, UF_WAY_SYSCALL, UF_WAY_USER, UF_WAYS
     unsigned long UF_IOC_API, UF_IOC_REGISTER, UF_IOC_UNREGISTER, UF_IOC_WAKE, UF_IOC_COPY, UF_IOC_ZEROPAGE
-    unsigned long UF_IOC_WRITEPROTECT, UF_IOC_CONTINUE, UF_IOC_POISON, UF_IOC_NEW
+    unsigned long UF_IOC_WRITEPROTECT, UF_IOC_CONTINUE, UF_IOC_POISON, UF_IOC_NEW, UF_IOC_MOVE
 
     ctypedef unsigned long pthread_t
     struct uf_msg:
@@ -33,6 +33,8 @@ cdef extern from "_sys.h" nogil:
     void u32_store_seq(uint32_t *p, uint32_t v) noexcept
     uint32_t u32_load_seq(const uint32_t *p) noexcept
     uint32_t u32_add_seq(uint32_t *p, uint32_t v) noexcept
+    uint8_t u8_load(const uint8_t *p) noexcept
+    bint u8_cas(uint8_t *p, uint8_t old, uint8_t new) noexcept
     uint64_t u64_load(const uint64_t *p) noexcept
     void u64_store(uint64_t *p, uint64_t v) noexcept
     bint u64_cas(uint64_t *p, uint64_t old, uint64_t new) noexcept
@@ -60,13 +62,21 @@ cdef extern from "_sys.h" nogil:
     int uf_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done) noexcept
     int uf_continue(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done) noexcept
     int uf_poison(int fd, uint64_t start, uint64_t len, int64_t *done) noexcept
+    int uf_move(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done) noexcept
     int uf_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode) noexcept
     int uf_read(int fd, uf_msg *messages, int most) noexcept
 
     char *map_lazy(uint64_t len, int protection, int fd) noexcept
     int map_forbid(char *start, uint64_t len) noexcept
+    int map_unshare(char *start, uint64_t len) noexcept
     bint page_present(char *page) noexcept
     int copy_guarded(char *target, const char *source, uint64_t nbytes) noexcept
+    uint64_t u64_min(uint64_t a, uint64_t b) noexcept
+    uint64_t sys_memory_available() noexcept
+    uint64_t sys_cgroup_room(const char *limit_path, const char *usage_path, const char *stat_path,
+                             uint64_t used) noexcept
+    unsigned int sys_pressure(const char *path) noexcept
+    int sys_unnamed_file(const char *folder) noexcept
     int sys_memfd(const char *name) noexcept
     int sys_eventfd() noexcept
     void eventfd_raise(int fd) noexcept
@@ -102,6 +112,7 @@ cdef extern from "_sys.h" nogil:
     int madvise(void *start, size_t len, int advice) noexcept
     int mprotect(void *start, size_t len, int protection) noexcept
     int fallocate(int fd, int mode, int64_t offset, int64_t len) noexcept
+    int fdatasync(int fd) noexcept
     int ftruncate(int fd, int64_t len) noexcept
     int close(int fd) noexcept
     int shutdown(int fd, int how) noexcept
@@ -112,7 +123,7 @@ cdef extern from "_sys.h" nogil:
     int sched_yield() noexcept
     void say(const char *text, size_t length) noexcept
     int PROT_NONE, PROT_READ, PROT_WRITE, MADV_DONTNEED, MAP_FIXED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE, _SC_PAGESIZE
+    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE, _SC_PAGESIZE, _SC_PHYS_PAGES
     void *MAP_FAILED
     int errno
     int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ETIMEDOUT, ENOSPC

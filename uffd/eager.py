@@ -28,7 +28,7 @@ from ._machine import Machine
 from .engine import Engine, default_engine, fills_whole
 from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed
 from .region import (
-    Prefetch, Region, Where, _check_choice, _checked_block, _checked_shape, _checked_size, _served, _title, is_hosted,
+    Prefetch, Region, Where, _check_choice, _checked_block, _checked_engine, _checked_shape, _checked_size, _served, _title, is_hosted,
 )
 from .stats import LatencyHistogram, Stats
 
@@ -104,11 +104,7 @@ class EagerRegion(Region):
                                    "delivery": delivery, "readahead_bytes": readahead_bytes, "on_error": on_error,
                                    "retries": retries, "timeout_s": timeout_s}
         _check_options(provider, **options)
-        engine = default_engine() if engine is None else engine
-        if not isinstance(engine, Engine):
-            raise TypeError(f"engine must be a uffd.Engine, not {type(engine).__name__}")
-        if engine.closed:
-            raise ValueError("the engine is closed")
+        engine = _checked_engine(engine)
         self.block_bytes, self.name, self.mode = int(block_bytes), _title(provider) if name is None else str(name), \
             mode or "c"
         self.backing, self.delivery = backing, "thread" if delivery == "auto" else delivery
@@ -252,8 +248,10 @@ class EagerRegion(Region):
         self._runs(where)
         yield self
 
-    def _pin(self, runs: np.ndarray, writable: bool) -> None:
+    @contextmanager
+    def _pin(self, runs: np.ndarray, writable: bool) -> Any:
         self._check_open()
+        yield
 
     def _populate(self, runs: np.ndarray, timeout_s: float | None) -> None:
         self._check_open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import operator
 import os
 import threading
@@ -10,8 +11,9 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from . import _budget
 from ._coreless import core as _core
-from .errors import DegradedWarning, Unavailable
+from .errors import BudgetError, DegradedWarning, Unavailable
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -19,25 +21,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "default_engine"]
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _default: Engine | None = None
 _default_lock = threading.Lock()
 _told_user_mode = False
 
 
 class Engine:
-    """Worker threads, page buffers and counters for any number of regions.
+    """Worker threads, page buffers and a byte budget for any number of regions.
 
     workers: threads that serve faults, one per CPU this process may use when None, each bound to its CPU. They never
     hold the interpreter lock. When all of them are inside slow fills, others join for as long as that lasts.
     hosts: processes that providers written in Python run in, at most; started when the first is used. One runs as many
     calls of a provider at a time as it allows (`Provider.concurrency`), but like any Python it computes on one CPU:
     more hosts are for providers that compute. Each opens each provider.
+    budget_bytes: how much of its regions may be in memory at once, all of them together, pinned blocks and those that
+    are on their way included. Cold blocks leave memory before that is reached: what was written goes to the provider
+    (mode "r+") or to a file without a name in the folder for temporary files (mode "c"). "auto": 60 % of what the
+    machine and the memory cgroup have for us, followed as that changes (UFFD_BUDGET_BYTES overrides it); None: no
+    limit. Can be set later; what no longer fits leaves at once. BudgetError, with numbers, for one too small.
     fallback: "eager" makes regions work where no userfaultfd can be had: they are then filled whole when they are made
     (one DegradedWarning; BudgetError where memory lacks). None takes the environment's UFFD_FALLBACK.
 
-    A context manager: leaving it closes its regions, now or when their last array dies, and never raises for arrays
-    that are in use. `close()` raises BufferError for them. Thread-safe. Raises Unavailable where the machine has no
-    userfaultfd and no fallback was asked for, with the cure.
+    A context manager: leaving it flushes its regions and closes them, now or when their last array dies, and never
+    raises for arrays that are in use. `close()` raises BufferError for them. Thread-safe. Raises Unavailable where the
+    machine has no userfaultfd and no fallback was asked for, with the cure.
     """
 
     fills_whole = False                          # true of the fallback's engine: eager.py
@@ -49,7 +57,9 @@ class Engine:
             return super().__new__(EagerEngine)
         return super().__new__(cls)
 
-    def __init__(self, workers: int | None = None, *, hosts: int = 1, fallback: str | None = None) -> None:
+    def __init__(self, workers: int | None = None, budget_bytes: int | str | None = "auto", *, hosts: int = 1,
+                 fallback: str | None = None) -> None:
+        asked = _budget.checked(budget_bytes)
         hosts = operator.index(hosts)
         if not 1 <= hosts <= _core.MAX_HOST_COUNT:
             raise ValueError(f"hosts must be 1 to {_core.MAX_HOST_COUNT}, not {hosts}")
@@ -63,6 +73,52 @@ class Engine:
         self.hosts = hosts
         self._hosts_lock = threading.Lock()
         self._hosts_set = False
+        self._set_budget(asked)
+        _engines.add(self)
+
+    # ---- the budget ----
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The most that regions may have in memory now, None: no limit. Set it to a number, None or "auto"; what is
+        above it leaves memory at once, by other threads. BudgetError for one too small to work with."""
+        return None if self._threads is None else _core.budget(self._threads)[0]
+
+    @budget_bytes.setter
+    def budget_bytes(self, asked: int | str | None) -> None:
+        if self._threads is None:
+            raise ValueError("the engine is closed")
+        self._set_budget(_budget.checked(asked))
+
+    def _set_budget(self, asked: int | str | None) -> None:
+        threads = self._threads
+        assert threads is not None
+        if isinstance(asked, int):
+            _budget.refuse_small(self, asked)
+        _core.set_budget(threads, asked if isinstance(asked, int) else None, asked == "auto",
+                         [] if asked is None else _budget.cgroup_files(), _budget.pressure_file())
+        if isinstance(asked, int) and asked > (self.budget_bytes or asked):
+            least = _core.least_budget(threads)
+            if (self.budget_bytes or 0) < least:
+                raise BudgetError(f"a budget of {asked} bytes: the memory cgroup leaves room for {self.budget_bytes}, "
+                                  f"and {least} is the least")
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all regions that are in memory, blocks on their way included. Never above `budget_bytes`, but for
+        the moment after that was lowered."""
+        return 0 if self._threads is None else _core.budget(self._threads)[1]
+
+    def flush(self) -> None:
+        """Region.flush of all regions; the first failure is raised, after all were tried."""
+        failure = None
+        for region in list(self.regions):
+            try:
+                region.flush()
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _with_hosts(self) -> _core.Engine:
         """The core's engine, ready to start provider hosts. ValueError if it is closed."""
@@ -106,6 +162,7 @@ class Engine:
         if using:
             raise BufferError(f"arrays of {len(using)} regions are in use (the first: {using[0]!r}); drop them first, "
                               "or leave the engine as a context manager, which waits for them")
+        self.flush()
         for region in list(self._regions):
             region.close()
         self._ended = self.stats()
@@ -115,10 +172,13 @@ class Engine:
     def _leave(self) -> None:
         if self._threads is None:
             return
-        for region in list(self._regions):
-            region._shut_when_unused()
-        self._ended = self.stats()
-        self._threads = None                     # the regions that are left keep the threads; the last one ends them
+        try:
+            self.flush()
+        finally:
+            for region in list(self._regions):
+                region._shut_when_unused()
+            self._ended = self.stats()
+            self._threads = None                 # the regions that are left keep the threads; the last one ends them
 
     def __enter__(self) -> Engine:
         return self
@@ -173,3 +233,14 @@ def require_userfaultfd() -> str:
             "answers EFAULT or writes short; use uffd.pinned() around it. `python -m uffd probe` names the cure",
             DegradedWarning, stacklevel=4)
     return mode
+
+
+def _flush_at_exit() -> None:
+    """A normal exit writes back what is dirty, each region within its timeout_s. In a forked child there is nothing to
+    write back: its regions are private."""
+    for engine in list(_engines):
+        for region in list(engine.regions):
+            region._flush_at_exit()
+
+
+atexit.register(_flush_at_exit)

@@ -15,11 +15,14 @@ class Unavailable(UffdError, OSError):
 
 
 class ProviderError(UffdError, OSError):
-    """A provider did not give a block.
+    """A provider did not give a block, or did not take one back.
 
     Attributes: region (its name), offset and nbytes (of the block, in the region), errno, tries, provider_traceback
-    (the text of an exception in a provider, None for native ones).
+    (the text of an exception in a provider, None for native ones). failed: of a flush, all that could not be written
+    back: [(offset, nbytes, errno), ...], at most 64 of a region at once.
     """
+
+    failed: list[tuple[int, int, int]]
 
     def __init__(self, errno: int, message: str, *, region: str, offset: int, nbytes: int, tries: int,
                  provider_traceback: str | None = None) -> None:
@@ -28,6 +31,7 @@ class ProviderError(UffdError, OSError):
         self.offset = offset
         self.nbytes = nbytes
         self.tries = tries
+        self.failed = [(offset, nbytes, errno)]
         self.provider_traceback = provider_traceback
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import operator
 import os
+import tempfile
 import time
 import warnings
 import weakref
@@ -14,19 +15,21 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from . import keys
+from . import _budget, keys
 from ._coreless import core as _core
 from .engine import Engine, default_engine, fills_whole, require_userfaultfd
-from .errors import DegradedWarning, ProviderError, RegionClosed, Unavailable
+from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, Unavailable
 from .stats import Stats
 
-__all__ = ["Prefetch", "Region", "chunks", "from_provider", "pinned", "populate", "prefetch", "region_of"]
+__all__ = ["Prefetch", "Region", "chunks", "from_provider", "pinned", "populate", "prefetch", "region_of", "zeros"]
 
 Where = None | tuple[int, int] | np.ndarray
 
 _READAHEAD_BYTES = 8 << 20          # the largest window, unless the user says otherwise
-_RESIDENT = (_core.STATES["clean"], _core.STATES["unprotecting"], _core.STATES["dirty"])
-_WRITTEN = (_core.STATES["unprotecting"], _core.STATES["dirty"])
+_RESIDENT = tuple(_core.STATES[name] for name in (
+    "clean", "unprotecting", "dirty", "pooled", "pooled_dirty", "evicting", "copying"))
+_BUSY = tuple(_core.STATES[name] for name in ("filling", "evicting", "copying"))
+_WRITTEN = tuple(_core.STATES[name] for name in ("unprotecting", "dirty", "pooled_dirty", "copying"))
 _HOST_CAUSES = {
     errno.ETIMEDOUT: "read() did not return in time (timeout_s), and its provider host was stopped",
     errno.ECONNRESET: "its provider host died each time; what it printed, and the signal, stand on stderr",
@@ -37,8 +40,9 @@ _by_base: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary
 class Region(_core.Region):
     """`nbytes` of memory whose blocks come from `provider` at the first touch.
 
-    nbytes: None takes the provider's own size. name: for messages. mode: "r" (read-only memory: a write is SIGSEGV, as
-    with np.memmap) or "c" (private: writes stay in memory; the default); "r+" needs a provider that can write.
+    nbytes: None takes the provider's own size. provider: None is `Scratch()`. name: for messages. mode: "r" (read-only
+    memory: a write is SIGSEGV, as with np.memmap), "r+" (what was written goes back to the provider, which must be able
+    to write; the default then) or "c" (private: the provider is never changed; the default else).
     block_bytes: a power of two of pages, the unit of fill. backing: "anon", or "shared" (a memfd: providers write
     straight into the page, no copy). delivery: "thread" (a worker serves; system calls on missing pages work where the
     machine grants a full userfaultfd), "inline" (the touching thread serves itself in a SIGBUS handler: several times
@@ -47,10 +51,15 @@ class Region(_core.Region):
     up to 8 MiB, 0 is off. on_error: at a touch whose fill fails for good, "poison" (SIGBUS, with a message on stderr)
     or "wait" (tried for ever, with a message). retries: after the first try of a block. timeout_s: for one fill, the
     retries included; a native fill that hangs by then loses its worker for ever, which is replaced; with inline
-    delivery a hanging native fill can't be ended.
+    delivery a hanging native fill can't be ended. volatile: what was written may be dropped instead of written back
+    when memory is short, and is made again by the provider at the next touch: for what can be computed anew.
 
-    A region is a context manager; leaving it closes it, now or when its last array dies. All methods are thread-safe,
-    release the interpreter lock while they wait, and may be used while arrays are in use. In a forked child the region
+    Blocks leave memory when the engine's budget asks for it, the coldest first; where they go is the mode's matter, and
+    they come back at the next touch. A touch that finds no room for timeout_s (all is pinned, or can't be written back)
+    fails like one whose fill fails.
+
+    A region is a context manager; leaving it flushes and closes it, now or when its last array dies. All methods are
+    thread-safe, release the interpreter lock while they wait, and may be used while arrays are in use. In a forked child the region
     is a private copy that serves itself; with "shared" backing, what the parent had written by then is read from the
     parent's memory at the child's first touch.
     """
@@ -62,10 +71,11 @@ class Region(_core.Region):
             return super().__new__(EagerRegion)
         return super().__new__(cls)
 
-    def __init__(self, nbytes: int | None, provider: Any, *, engine: Engine | None = None, name: str | None = None,
-                 mode: str | None = None, block_bytes: int = 65536, backing: str = "anon", delivery: str = "auto",
-                 readahead_bytes: int | None = None, on_error: str = "poison", retries: int = 3,
-                 timeout_s: float = 30.0) -> None:
+    def __init__(self, nbytes: int | None, provider: Any = None, *, engine: Engine | None = None,
+                 name: str | None = None, mode: str | None = None, block_bytes: int = 65536, backing: str = "anon",
+                 delivery: str = "auto", readahead_bytes: int | None = None, volatile: bool = False,
+                 on_error: str = "poison", retries: int = 3, timeout_s: float = 30.0) -> None:
+        provider = _or_scratch(provider)
         served = provider if hasattr(provider, "_filler") else _hosted(provider)
         if not is_hosted(served) or nbytes is not None or served.nbytes is not None:
             nbytes = _checked_size(nbytes, served.nbytes, provider)
@@ -73,18 +83,12 @@ class Region(_core.Region):
         _check_choice("backing", backing, ("anon", "shared"))
         _check_choice("delivery", delivery, ("auto", "thread", "inline"))
         _check_choice("on_error", on_error, ("poison", "wait"))
-        if mode == "r+":
-            raise ValueError(f"mode 'r+' needs a provider that can write, and {_title(provider)} can't; use 'c'")
         block_bytes = _checked_block(block_bytes)
         retries = operator.index(retries)
         if retries < 0 or not timeout_s > 0:
             raise ValueError(f"retries must be >= 0 and timeout_s > 0, not {retries} and {timeout_s}")
         full = require_userfaultfd() == "full"
-        engine = default_engine() if engine is None else engine
-        if not isinstance(engine, Engine):
-            raise TypeError(f"engine must be a uffd.Engine, not {type(engine).__name__}")
-        if engine.closed:
-            raise ValueError("the engine is closed")
+        engine = _checked_engine(engine)
         if not is_hosted(served):
             _refuse_own_memory(provider, engine)
         readahead_bytes = _READAHEAD_BYTES if readahead_bytes is None else operator.index(readahead_bytes)
@@ -92,44 +96,56 @@ class Region(_core.Region):
             raise ValueError(f"readahead_bytes must be >= 0, not {readahead_bytes}")
         delivery = ("thread" if full else "inline") if delivery == "auto" else delivery
         _require_features(backing, delivery)
+        self._pid = os.getpid()
         self.nbytes = nbytes
         self.block_bytes = block_bytes
         self.name = str(name) if name is not None else _title(provider)
-        self.mode = mode or "c"
         self.backing = backing
         self.delivery = delivery
         self.engine = engine
         self.provider = provider
         self._options = {"name": name, "mode": mode, "block_bytes": block_bytes, "backing": backing,
-                         "delivery": delivery, "readahead_bytes": readahead_bytes, "on_error": on_error,
-                         "retries": retries, "timeout_s": timeout_s}
-        filler = self._filler_of(served)
-        try:
-            self._open(engine._threads, filler, self.nbytes, block_bytes, name=self.name, provider=_title(provider),
-                       shared=backing == "shared", is_inline=self.delivery == "inline", writable=self.mode != "r",
-                       readahead_bytes=min(readahead_bytes, 1 << 40), wait_for_ever=on_error == "wait",
-                       retries=min(retries, 1 << 30), timeout_ns=int(min(float(timeout_s), 1e9) * 1e9))
-        except BaseException:
-            if is_hosted(served) and engine._threads is not None:
-                engine._threads.end_session(filler)
-            raise
+                         "delivery": delivery, "readahead_bytes": readahead_bytes, "volatile": volatile,
+                         "on_error": on_error, "retries": retries, "timeout_s": timeout_s}
+        _budget.refuse_small(engine, engine.budget_bytes, block_bytes)
+        self._make(served)
         engine._regions.add(self)
         _by_base[self.address] = self
 
-    def _filler_of(self, served: Any) -> Any:
-        """The core's side of the provider; one in Python is opened in a host, which knows its size then."""
+    def _make(self, served: Any) -> None:
+        """Has the core make the memory, over the provider's Filler; whatever fails undoes all before it."""
+        asked = self._options
+        filler, writes = self._filler_of(served)
+        try:
+            self.mode = _checked_mode(asked["mode"], writes, asked["volatile"], self.provider)
+            self._open(self.engine._threads, filler, self.nbytes, self.block_bytes, name=self.name,
+                       provider=_title(self.provider), shared=self.backing == "shared",
+                       is_inline=self.delivery == "inline", writable=self.mode != "r",
+                       readahead_bytes=min(asked["readahead_bytes"], 1 << 40),
+                       wait_for_ever=asked["on_error"] == "wait", retries=min(asked["retries"], 1 << 30),
+                       timeout_ns=int(min(float(asked["timeout_s"]), 1e9) * 1e9), writes_back=self.mode == "r+",
+                       volatile_pages=bool(asked["volatile"]), spill_folder=_spill_folder())
+        except BaseException:
+            if is_hosted(served) and self.engine._threads is not None:
+                self.engine._threads.end_session(filler)
+            raise
+
+    def _filler_of(self, served: Any) -> tuple[Any, bool]:
+        """The core's side of the provider, and whether it can write; one in Python is opened in a host, which knows its
+        size then."""
         if not is_hosted(served):
-            return served._filler(self.engine)
+            filler = served._filler(self.engine)
+            return filler, filler.writes
         from . import _hosting
 
-        filler, nbytes, _ = _hosting.begin(self.engine, served, name=self.name, block_bytes=self.block_bytes,
-                                           retries=self._options["retries"], timeout_s=self._options["timeout_s"])
+        filler, nbytes, writes = _hosting.begin(self.engine, served, name=self.name, block_bytes=self.block_bytes,
+                                                retries=self._options["retries"], timeout_s=self._options["timeout_s"])
         try:
             self.nbytes = _checked_size(self.nbytes, served.nbytes if nbytes is None else nbytes, self.provider)
         except BaseException:
             self.engine._threads.end_session(filler)
             raise
-        return filler
+        return filler, writes
 
     # ---- arrays ----
 
@@ -159,7 +175,8 @@ class Region(_core.Region):
         """Has all blocks of `where` resident; blocks until they are. Poisoned blocks are tried again (repair).
 
         where: None (all), (start, stop) in bytes, or a view; widened to blocks. ProviderError for the first block that
-        can't be filled; TimeoutError when timeout_s is over first. Ctrl-C interrupts it.
+        can't be filled; BudgetError for more than the budget has room for; TimeoutError when timeout_s is over first.
+        Ctrl-C interrupts it. Afterwards the blocks may leave memory again, see `pinned`.
         """
         self._populate(self._runs(where), timeout_s)
 
@@ -169,18 +186,44 @@ class Region(_core.Region):
 
     @contextmanager
     def pinned(self, where: Where = None) -> Iterator[Region]:
-        """A context in which `where` is resident and stays so: any system call on it works, in every mode.
+        """A context in which `where` is resident and stays so: any system call on it works, in every mode, and a device
+        may have it. BudgetError where the budget has no room for it.
 
         Where the kernel's own accesses to missing or protected pages are not served (inline delivery, user mode), its
         blocks count as written from here on, unless `where` is a read-only view.
         """
-        self._pin(self._runs(where), not isinstance(where, np.ndarray) or where.flags.writeable)
-        yield self
+        with self._pin(self._runs(where), not isinstance(where, np.ndarray) or where.flags.writeable):
+            yield self
 
-    def _pin(self, runs: np.ndarray, writable: bool) -> None:
-        self._populate(runs, None)
-        if writable and self.mode != "r" and (self.delivery == "inline" or require_userfaultfd() != "full"):
-            self._make_writable(np.ascontiguousarray(runs, np.int64))
+    @contextmanager
+    def _pin(self, runs: np.ndarray, writable: bool) -> Iterator[None]:
+        with self._kept(runs) as kept:
+            self._bring_in(kept, None)
+            if writable and self.mode != "r" and (self.delivery == "inline" or require_userfaultfd() != "full"):
+                self._make_writable(kept)
+            yield
+
+    @contextmanager
+    def _kept(self, runs: np.ndarray) -> Iterator[np.ndarray]:
+        """A context in which no block of runs that is in memory leaves it. BudgetError if that is more than there is
+        room for."""
+        runs = np.ascontiguousarray(runs, np.int64)
+        if len(runs):
+            lacks = _core.pin(self, runs)
+            if lacks:
+                self._refuse_pins(runs, lacks)
+        try:
+            yield runs
+        finally:
+            if len(runs):
+                _core.unpin(self, runs)
+
+    def _refuse_pins(self, runs: np.ndarray, lacks: int) -> None:
+        limit, _, pinned, least = _core.budget(self)
+        nbytes = int((runs[:, 1] - runs[:, 0]).sum()) * self.block_bytes
+        raise BudgetError(f"region {self.name!r}: {nbytes} bytes ({_budget.size(nbytes)}) can't be in memory at once: "
+                          f"the budget is {limit}, {pinned} are pinned, {least - pinned} are needed for fills, and "
+                          f"{lacks} more would be needed; take less at a time (uffd.chunks), or a larger budget_bytes")
 
     def _runs(self, where: Where) -> np.ndarray:
         self._check_open()
@@ -192,8 +235,11 @@ class Region(_core.Region):
         return Prefetch(self, runs, self._post(runs, _core.JOB_PREFETCH) if len(runs) else None)
 
     def _populate(self, runs: np.ndarray, timeout_s: float | None) -> None:
+        with self._kept(runs) as kept:           # what it has brought stays until it has brought all
+            self._bring_in(kept, timeout_s)
+
+    def _bring_in(self, runs: np.ndarray, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        runs = np.ascontiguousarray(runs, np.int64)
         while len(runs):
             self._check_open()
             job = self._post(runs, _core.JOB_POPULATE)
@@ -218,7 +264,7 @@ class Region(_core.Region):
                 number, tries, dead = self._poison_of(block)
                 if dead:                         # a hung fill may still write there: it can't be repaired
                     raise self._error(number, block, tries)
-            if state != _core.STATES["filling"]:
+            if state not in _BUSY:
                 runs = runs[runs[:, 1] > block].copy()
                 runs[0, 0] = max(runs[0, 0], block)
                 return runs
@@ -241,6 +287,77 @@ class Region(_core.Region):
         return ProviderError(number, message, region=self.name, offset=offset, nbytes=nbytes, tries=tries,
                              provider_traceback=text)
 
+    # ---- out of memory, and back to the store ----
+
+    def evict(self, where: Where = None) -> int:
+        """Bytes that left memory: the blocks of `where` that are neither pinned nor busy, after what was written to
+        them was written back. Blocks until then. ProviderError as `flush`, for what could not be written: it stays."""
+        runs = np.ascontiguousarray(self._runs(where), np.int64)
+        if not len(runs):
+            return 0
+        if self.mode != "r":
+            self._write_back(runs, None)
+        return _core.evict(self, runs)
+
+    def discard(self, where: Where = None) -> None:
+        """Drops the blocks of `where`, and what was written to them and not written back: the next touch has them as
+        the provider does. Blocks while one is busy. ValueError for a block that is pinned; those before it are gone."""
+        for first, end in np.asarray(self._runs(where), np.int64).tolist():
+            while first < end:
+                self._check_open()
+                first = _core.discard(self, first, end)
+                if first < end and _core.is_pinned(self, first):
+                    raise ValueError(f"region {self.name!r}: the block at offset {first * self.block_bytes} is pinned, "
+                                     "and can't be discarded")
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Writes back all that was written, and has the provider make it durable; blocks until it is.
+
+        Regions whose mode is not "r+" have nothing to write back. ProviderError for what could not be written: it stays
+        in memory, dirty, and is tried again (`failed` has [(offset, nbytes, errno), ...]); TimeoutError when timeout_s
+        is over first. Ctrl-C interrupts it. What other threads write meanwhile may or may not be in it.
+        """
+        self._check_open()
+        if self.mode != "r+" or os.getpid() != self._pid:
+            return
+        blocks = -(-self.nbytes // self.block_bytes)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._write_back(np.array([[0, blocks]], np.int64), timeout_s)
+        number = _core.sync(self)
+        if number:
+            raise ProviderError(number, f"region {self.name!r}: {_title(self.provider)} could not make durable what "
+                                f"was written: {os.strerror(number)}", region=self.name, offset=0, nbytes=self.nbytes,
+                                tries=1, provider_traceback=self._text_of((1 << 64) - 1))
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: written, but not made durable in {timeout_s} s")
+
+    def _write_back(self, runs: np.ndarray, timeout_s: float | None) -> None:
+        timeout_ns = None if timeout_s is None else max(0, int(timeout_s * 1e9))
+        if not _core.write_back(self, runs, timeout_ns):
+            raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: not written back within {timeout_s} s; "
+                               f"{_core.unwritten(self)} blocks are left")
+        failed = [entry for first, end in runs.tolist() for entry in _core.write_errors(self, first, end)]
+        if failed:
+            raise self._write_error(failed)
+
+    def _write_error(self, failed: list[tuple[int, int, int]]) -> ProviderError:
+        block, number, tries = failed[0]
+        text = self._text_of(block)
+        why = text.strip().splitlines()[-1] if text else os.strerror(number)
+        where = _title(self.provider) if self.mode == "r+" else f"a file in {os.fsdecode(_spill_folder())}"
+        error = ProviderError(
+            number, f"region {self.name!r}: {len(failed)} blocks could not be written back to {where}, the first at "
+            f"offset {block * self.block_bytes} ({tries} tries): {why}; they stay in memory, and are tried again",
+            region=self.name, offset=block * self.block_bytes,
+            nbytes=min(self.block_bytes, self.nbytes - block * self.block_bytes), tries=tries, provider_traceback=text)
+        error.failed = [(b * self.block_bytes, min(self.block_bytes, self.nbytes - b * self.block_bytes), n)
+                        for b, n, _ in failed]
+        return error
+
+    def _flush_at_exit(self) -> None:
+        if not self.closed:
+            self.flush(self._options["timeout_s"])
+
     # ---- what is there ----
 
     def resident(self) -> np.ndarray:
@@ -248,7 +365,8 @@ class Region(_core.Region):
         return np.isin(self._state_array(), _RESIDENT)
 
     def dirty(self) -> np.ndarray:
-        """Which blocks were written since they were filled: bool, one per block; exact (kernel 5.7, "shared": 5.19)."""
+        """Which blocks were written since they were filled or written back: bool, one per block; exact (kernel 5.7,
+        "shared": 5.19)."""
         return np.isin(self._state_array(), _WRITTEN)
 
     def stats(self) -> Stats:
@@ -269,10 +387,13 @@ class Region(_core.Region):
     # ---- life ----
 
     def close(self) -> None:
-        """Takes the region out of service and frees its memory; idempotent. BufferError while arrays of it live.
+        """Flushes the region, takes it out of service and frees its memory; idempotent. BufferError while arrays of it
+        live, ProviderError when it can't be flushed: it stays open then (`discard` what is to be given up).
 
         Waits at most a second for fills under way; a longer one keeps the region's memory until it ends.
         """
+        if not self.closed and not self.exports:
+            self.flush()
         self._close(10**9)
 
     def _check_open(self) -> None:
@@ -286,7 +407,11 @@ class Region(_core.Region):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._shut_when_unused()
+        try:
+            if not self.closed:
+                self.flush()
+        finally:
+            self._shut_when_unused()
 
     def __reduce__(self) -> Any:
         """The recipe: provider and options, never bytes, and never what was written. TypeError from the provider if
@@ -381,8 +506,14 @@ def prefetch(array: np.ndarray, key: Any = ...) -> Prefetch:
 def pinned(view: np.ndarray) -> Iterator[np.ndarray]:
     """A context in which `view` is resident and stays so: safe in any system call, in every mode. See Region.pinned."""
     region = region_of(view)
-    region._pin(_key_runs(region, view, ...), view.flags.writeable)
-    yield view
+    with region._pin(_key_runs(region, view, ...), view.flags.writeable):
+        yield view
+
+
+def zeros(shape: Any, dtype: Any = float, *, order: Literal["C", "F"] = "C", **region_options: Any) -> np.ndarray:
+    """An array of zeros that may be larger than memory: what was written and is cold goes to a file without a name
+    (`providers.Scratch`), gone with the array. Nothing is stored before it is written. region_options go to Region."""
+    return from_provider(region_options.pop("provider", None), shape, dtype, order=order, **region_options)
 
 
 def chunks(array: np.ndarray, nbytes: int | None = None) -> Iterator[np.ndarray]:
@@ -422,6 +553,27 @@ def _remade(nbytes: int, provider: Any, options: dict[str, Any]) -> Region:
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------
+
+
+def _or_scratch(provider: Any) -> Any:
+    if provider is not None:
+        return provider
+    from .providers import Scratch
+
+    return Scratch()
+
+
+def _checked_mode(mode: str | None, writes: bool, volatile: bool, provider: Any) -> str:
+    if mode == "r+" and not writes:
+        raise ValueError(f"mode 'r+' needs a provider that can write, and {_title(provider)} can't; use 'c'")
+    if volatile and mode == "r+":
+        raise ValueError("volatile: what was written may be dropped, so there is no mode 'r+' of it; use 'c'")
+    return mode or ("r+" if writes and not volatile else "c")
+
+
+def _spill_folder() -> bytes:
+    """Where private memory goes that is cold: TMPDIR, else /var/tmp, since /tmp may be memory itself."""
+    return os.fsencode(os.environ.get("TMPDIR") or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir()))
 
 
 def _title(provider: Any) -> str:
@@ -472,6 +624,15 @@ def _checked_shape(shape: Any) -> tuple[int, ...]:
     if any(n < 0 for n in shape):
         raise ValueError(f"negative dimensions are not allowed: {shape}")
     return shape
+
+
+def _checked_engine(engine: Engine | None) -> Engine:
+    engine = default_engine() if engine is None else engine
+    if not isinstance(engine, Engine):
+        raise TypeError(f"engine must be a uffd.Engine, not {type(engine).__name__}")
+    if engine.closed:
+        raise ValueError("the engine is closed")
+    return engine
 
 
 def _checked_block(block_bytes: int) -> int:

@@ -49,8 +49,13 @@ class Stats:
     or populate. bytes_filled: the user's bytes in them. duplicates: faults that needed no fill of their own. retries,
     errors: tries after the first, and tries that failed. poisoned: blocks given up at a touch. readahead_wasted: blocks
     read ahead of a pattern that ended before them (an estimate: the kernel does not say which pages were read).
-    repaired: blocks of which the program had dropped pages. queue, fill, resolve: latencies from reading the fault to
-    the begin of its fill, of the provider, of putting the pages in place.
+    repaired: blocks of which the program had dropped pages. evicted: blocks that left memory. rescued: blocks that were
+    touched while they waited, moved out but still in memory, for their second chance. written_back, bytes_written:
+    blocks whose bytes a provider or a spill file took, and the user's bytes in them. write_errors: writes that failed.
+    evict_waits: touches that found no room and had to wait for an eviction. evict_busy: blocks that could not be moved
+    out (a device has them). recycled: blocks filled into the pages of others that had left. queue, fill, resolve,
+    write: latencies from reading the fault to the begin of its fill, of the provider, of putting the pages in place, of
+    writing back.
     """
 
     faults_read: int = 0
@@ -66,9 +71,18 @@ class Stats:
     poisoned: int = 0
     readahead_wasted: int = 0
     repaired: int = 0
+    evicted: int = 0
+    rescued: int = 0
+    written_back: int = 0
+    bytes_written: int = 0
+    write_errors: int = 0
+    evict_waits: int = 0
+    evict_busy: int = 0
+    recycled: int = 0
     queue: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(()))
     fill: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(()))
     resolve: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(()))
+    write: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(()))
 
     @classmethod
     def of(cls, counts: tuple[list[int], list[list[int]]]) -> Stats:

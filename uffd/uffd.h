@@ -21,6 +21,12 @@ extern "C" {
 
 typedef int (*uffd_fill_fn)(void *user_data, uint64_t offset, void *block, size_t nbytes);
 
+/* A write function takes the `nbytes` bytes at `block` as the region's bytes [offset, offset + nbytes), of whole blocks
+ * as above. Its 0 acknowledges them: from then on the block may leave memory, and a fill must give these bytes. -errno:
+ * it is called again with the same. Called from a thread of its own, for several ranges at once but never twice at once
+ * for one block, beside fills of other blocks. */
+typedef int (*uffd_write_fn)(void *user_data, uint64_t offset, const void *block, size_t nbytes);
+
 #ifdef __cplusplus
 }
 #endif

@@ -27,7 +27,7 @@ from ..errors import UffdError
 from .remote import Fsspec
 from .zarrs import Zarr
 
-__all__ = ["Blosc2File", "File", "Fsspec", "Memory", "Native", "Zarr", "Zero"]
+__all__ = ["Blosc2File", "File", "Fsspec", "Memory", "Native", "Scratch", "Zarr", "Zero"]
 
 
 _fillers_lock = threading.Lock()
@@ -71,6 +71,19 @@ class Zero(_NativeProvider):
         self._made = _core.Filler.zero()
 
 
+class Scratch(_NativeProvider):
+    """Zeros at first, and a place for what is written over them: an anonymous file in TMPDIR (else /var/tmp), as sparse
+    as what was written, gone with the region. What `uffd.zeros` and a Region without a provider use.
+
+    Only blocks that must leave memory go there. Nothing of it outlives the process.
+    """
+
+    def __init__(self) -> None:
+        self.title = "Scratch()"
+        self._recipe = ((), {})
+        self._made = _core.Filler.zero()
+
+
 class Memory(_NativeProvider):
     """The bytes of a contiguous buffer or array (C or Fortran order: as they lie in memory), which stays exported.
 
@@ -97,16 +110,19 @@ class File(_NativeProvider):
     """The bytes of a local file from `offset` on, read by pread in the worker.
 
     nbytes is what the file held when it was opened. A file that has become shorter since, or a short read, is an error
-    (ENODATA), never zeros. direct: past the page cache (O_DIRECT), for files far larger than memory. The file is opened
-    here (OSError), read-only.
+    (ENODATA), never zeros. direct: past the page cache (O_DIRECT), for files far larger than memory. writable: a region
+    over it writes back what was written (mode "r+"), by pwrite; `flush` is fdatasync. A crash in between may leave a
+    block half written. The file keeps its size. It is opened here (OSError).
     """
 
-    def __init__(self, path: str | os.PathLike[str], offset: int = 0, *, direct: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], offset: int = 0, *, writable: bool = False,
+                 direct: bool = False) -> None:
         offset = operator.index(offset)
         name = os.fspath(path)
         # O_NONBLOCK: opening a FIFO would wait for a writer. Not all systems have each of them; Windows has O_BINARY.
         wanted = ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY", *(("O_DIRECT",) if direct else ()))
-        fd = os.open(name, functools.reduce(operator.or_, (getattr(os, flag, 0) for flag in wanted), os.O_RDONLY))
+        fd = os.open(name, functools.reduce(operator.or_, (getattr(os, flag, 0) for flag in wanted),
+                                              os.O_RDWR if writable else os.O_RDONLY))
         try:
             kind = os.fstat(fd).st_mode
             if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
@@ -115,13 +131,14 @@ class File(_NativeProvider):
             size = os.lseek(fd, 0, os.SEEK_END)  # block devices have no st_size
             if not 0 <= offset <= size:
                 raise ValueError(f"{name}: offset {offset} is outside the file of {size} bytes")
-            self._made = _core.Filler.open_file(fd, offset, size - offset, bool(direct))
+            self._made = _core.Filler.open_file(fd, offset, size - offset, bool(direct), bool(writable))
         except BaseException:
             os.close(fd)
             raise
         self.nbytes = size - offset
         self._fd, self._offset, self._direct = fd, offset, bool(direct)          # the Filler closes it
-        self._recipe = ((os.path.abspath(os.fsdecode(name)), offset), {"direct": bool(direct)})
+        self._recipe = ((os.path.abspath(os.fsdecode(name)), offset), {"direct": bool(direct),
+                                                                               "writable": bool(writable)})
         self.title = f"File({Path(name).name!r}{f', offset={offset}' if offset else ''})"
 
 
@@ -166,14 +183,17 @@ class Native(_NativeProvider):
     raise: its error path takes the lock to print the exception.
 
     user_data: None, an int address, a ctypes pointer, a PyCapsule, or a buffer (its first byte; kept exported).
+    write: a function of the same kind that takes bytes back, `int write(void *user_data, uint64_t offset, const void
+    *block, size_t nbytes)`; 0 acknowledges them. A region over it is "r+" by default.
     inline_safe: the function may run in a signal handler (no malloc, no stdio, no locks); with inline delivery it then
     runs on the touching thread, else a worker runs it.
     """
 
-    def __init__(self, function: Any, user_data: Any = None, *, inline_safe: bool = False) -> None:
+    def __init__(self, function: Any, user_data: Any = None, *, write: Any = None, inline_safe: bool = False) -> None:
         address, context = _function_address(function)
         data, kept = (context, None) if user_data is None else _data_address(user_data)
-        self._made = _core.Filler.native_pointer(address, data, bool(inline_safe), (function, user_data, kept))
+        self._made = _core.Filler.native_pointer(address, data, bool(inline_safe), (function, user_data, kept, write),
+                                                 0 if write is None else _function_address(write)[0])
         self._address, self._data = address, data
         name = getattr(function, "__name__", type(function).__name__)
         self.title = f"Native({name})"

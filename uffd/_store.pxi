@@ -1,0 +1,463 @@
+# Writing back: dirty blocks go to their store, which is the region's provider or, for private memory, a spill file.
+#
+# Uses:     the states of _fill.pxi, claim_out, copy_resident and slots of _evict.pxi; host_store of _hosted.pxi
+# Provides: writer_main, writer_ask (a block left its region dirty), flush_blocks, sync_store; spill_read, spill_fork,
+#           spill_close
+#
+#   DIRTY        > COPYING (protected, copied) > CLEAN + WRITING      its bytes are on their way
+#   POOLED_DIRTY > COPYING (copied)            > POOLED + WRITING     the same, moved out
+#   WRITING is taken off when the store has acknowledged. Until then the block does not leave memory. A write meanwhile
+#   makes it DIRTY (+ WRITING) as ever: it is written again, after the first has ended. Where the store failed, CLEAN
+#   turns DIRTY again, by UNPROTECTING, and POOLED turns POOLED_DIRTY: nothing is lost, and all is tried again.
+
+cdef enum:
+    ASK_BATCH = 64
+cdef uint64_t WRITE_PAUSE_NS = 20000000     # after a failure; doubled up to a second
+
+
+# ---- the writer -------------------------------------------------------------------------------------------------
+
+cdef void writer_ask(Region_t *r, uint64_t b, uint32_t n) noexcept nogil:
+    """Blocks that are dirty and on their way out. A full ring forgets it: they are asked for again before they go."""
+    cdef Piece p
+    if r.write_again_ns and now_ns() < r.write_again_ns:
+        return
+    p.region_id = r.id
+    p.first = b
+    p.count = n
+    p.stride = 1
+    p.write = 0
+    p.since_ns = 0
+    if ring_put(r.engine.writes, &p) and u32_load(&r.engine.write_bell) == 0 and u32_swap(&r.engine.write_bell, 1) == 0:
+        futex_wake_all(&r.engine.write_bell)
+
+
+cdef void *writer_main(void *argument) noexcept nogil:
+    """Writes back what the evictor took out; ends regions whose last array died. It may wait for a store, so nobody
+    waits for it but through the blocks that it has written."""
+    cdef Engine_t *e = <Engine_t *>argument
+    cdef Slot *s = &e.slots[WRITER_SLOT]
+    cdef Piece asked[ASK_BATCH]
+    cdef int n
+    while not u32_load(&e.stopping):
+        u32_swap(&e.write_bell, 0)
+        n = 0
+        while n < ASK_BATCH and ring_take(e.writes, &asked[n]):
+            n += 1
+        if n:
+            write_pieces(e, s, asked, n)
+            continue
+        if e.dying != NULL and dying_flush(e, s):
+            continue
+        futex_wait(&e.write_bell, 0, SECOND_NS)
+    u32_sub(&e.evictors, 1)
+    futex_wake_all(&e.evictors)
+    return NULL
+
+
+cdef void write_pieces(Engine_t *e, Slot *s, Piece *p, int n) noexcept nogil:
+    """Sorted and merged, so that neighbours are one write."""
+    cdef Piece one
+    cdef Region_t *r
+    cdef int i, k
+    for i in range(1, n):
+        one = p[i]
+        k = i
+        while k > 0 and (p[k - 1].region_id > one.region_id or
+                         p[k - 1].region_id == one.region_id and p[k - 1].first > one.first):
+            p[k] = p[k - 1]
+            k -= 1
+        p[k] = one
+    i = 0
+    while i < n:
+        one = p[i]
+        i += 1
+        while i < n and p[i].region_id == one.region_id and p[i].first <= one.first + one.count:
+            if p[i].first + p[i].count > one.first + one.count:
+                one.count = <uint32_t>(p[i].first + p[i].count - one.first)
+            i += 1
+        r = region_acquire(one.region_id)
+        if r != NULL:
+            write_range(s, r, one.first, one.first + one.count, False, NULL)
+            region_release(r)
+
+
+cdef uint64_t write_range(Slot *s, Region_t *r, uint64_t first, uint64_t end, bint resident,
+                          uint32_t *until) noexcept nogil:
+    """Writes the dirty blocks of [first, end) back; resident: those too that have not left the region. Where it
+    stopped: at `end`, or, with `until`, when that is not 0 any more. What a host writes may still be under way."""
+    cdef uint64_t b = first
+    cdef uint32_t state, word, got
+    while b < end and (until == NULL or not u32_load(until)):
+        word = u32_load(&r.state[b])
+        state = word & STATE_MASK
+        if word & WRITING and (state == DIRTY and resident or state == POOLED_DIRTY):
+            wait_for_write(r, b)            # an older write of it is under way: one at a time
+            continue
+        if resident and is_busy(state):
+            wait_for_word(r, b, word, SLICE_NS)
+            continue
+        if state != POOLED_DIRTY and not (resident and state == DIRTY):
+            b += 1
+            continue
+        got = write_run(s, r, b, end, resident)
+        b += got if got else 1
+    return b
+
+
+cdef void wait_for_write(Region_t *r, uint64_t b) noexcept nogil:
+    cdef uint32_t turn = u32_load(&r.write_turn)
+    if u32_load(&r.state[b]) & WRITING:
+        futex_wait(&r.write_turn, turn, SLICE_NS)
+
+
+cdef uint32_t write_run(Slot *s, Region_t *r, uint64_t b, uint64_t end, bint resident) noexcept nogil:
+    """Claims dirty neighbours from b on, copies and writes them; how many blocks. In the host's case the request's own
+    thread ends it."""
+    cdef Slot *c = s
+    cdef uint32_t n
+    cdef int err
+    cdef uint32_t epoch = 0
+    if r.writes_back and r.hosted:
+        c = carrier_wait_write(r)
+        if c == NULL:
+            return 0                        # the engine stops
+    elif slot_buffer(s) != 0:
+        return 0
+    n = copy_run(c, r, b, end, resident)
+    if c != s:
+        if n == 0:
+            carrier_return(c)
+            return 0
+        c.carrier.first = b
+        c.carrier.count = n
+        carrier_pass(c, r, T_WRITE)
+        return n
+    if n:
+        err = store_bytes(s, r, b, n, &epoch)
+        acknowledge(s, r, b, n, err, epoch)
+    return n
+
+
+cdef uint32_t copy_run(Slot *s, Region_t *r, uint64_t b, uint64_t end, bint resident) noexcept nogil:
+    """The dirty blocks from b on, as many as fit one write, copied into the slot's buffer: CLEAN or POOLED, and
+    WRITING. How many."""
+    cdef uint64_t most = RUN_BYTES >> r.shift
+    cdef uint32_t n = 0, state
+    if end - b < most:
+        most = end - b
+    critical_enter(s)
+    while n < (most if most else 1):
+        state = u32_load(&r.state[b + n]) & STATE_MASK
+        if u32_load(&r.state[b + n]) & WRITING or state != POOLED_DIRTY and not (resident and state == DIRTY):
+            break
+        if not copy_block(s, r, b + n, state, s.staging + (<uint64_t>n << r.shift)):
+            break
+        n += 1
+    u32_add(&r.writing, n)
+    critical_leave(s)
+    return n
+
+
+cdef bint copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *target) noexcept nogil:
+    cdef char *start = r.base + (b << r.shift)
+    cdef uint64_t span = block_span(r, b)
+    cdef bint shared = is_shared(r)
+    cdef bint done = True
+    if not claim_write(s, r, b, state):
+        return False
+    if state == DIRTY and (not r.protect or uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0):
+        done = False                        # an madvise split it (older kernels), or the kernel can't: it stays dirty
+    elif shared:
+        memcpy(target, r.alias + (b << r.shift), span)
+    elif state == DIRTY:
+        done = copy_resident(s, r, b, target)
+    else:
+        memcpy(target, slot_at(r.engine, r.shift, r.place[b]), span)
+    if not done:
+        publish(r, b, 1, state)             # protected, but dirty: a write lifts it
+        return False
+    publish(r, b, 1, (CLEAN if state == DIRTY else POOLED) | WRITING)
+    return True
+
+
+cdef bint claim_write(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+    """state > COPYING, pinned or not."""
+    cdef uint32_t word = u32_load(&r.state[b])
+    while word & STATE_MASK == state and word & WRITING == 0:
+        if u32_cas(&r.state[b], word, COPYING | word & (WAITERS | FROM_PARENT | KEPT | STICKY)
+                   | (s.index + 1) << OWNER_SHIFT | ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT):
+            return True
+        word = u32_load(&r.state[b])
+    return False
+
+
+cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_t *epoch) noexcept nogil:
+    """The slot's buffer to the store, tried again up to `retries` times: 0, or -errno."""
+    cdef uint64_t pause = 1000000, t0 = now_ns()
+    cdef uint32_t tries = 0
+    cdef int err
+    while True:
+        if r.writes_back:
+            err = r.fill.store(r.fill.self, s.index, b << r.shift, s.staging, run_bytes(r, b, n))
+        else:
+            err = spill_write(r, b, n, s.staging, epoch)
+        if err == 0 or tries >= r.retries or u32_load(&r.engine.stopping):
+            break
+        tries += 1
+        count(s, r, C_WRITE_ERRORS, 1)
+        futex_wait(&r.closing, 0, pause)
+        pause = pause * 4 if pause < 250000000 else SECOND_NS
+    stage(s, r, H_WRITE, now_ns() - t0)
+    return err if -ERRNO_MAX <= err <= 0 else -EIO
+
+
+cdef void write_hosted(Slot *c, Region_t *r) noexcept nogil:
+    """The carrier's thread: the rest of write_run."""
+    cdef Carrier *k = c.carrier
+    cdef uint64_t t0 = now_ns()
+    cdef int err = host_store(c, r, k.first << r.shift, run_bytes(r, k.first, k.count))
+    stage(c, r, H_WRITE, now_ns() - t0)
+    acknowledge(c, r, k.first, <uint32_t>k.count, err, 0)
+
+
+cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uint32_t epoch) noexcept nogil:
+    """The store has answered for the blocks [b, b+n)."""
+    cdef uint64_t i
+    if err == 0:
+        count(s, r, C_WRITTEN, n)
+        count(s, r, C_BYTES_WRITTEN, run_bytes(r, b, n))
+        r.write_again_ns = 0
+        r.write_pause_ns = 0
+    else:
+        count(s, r, C_WRITE_ERRORS, 1)
+        r.write_pause_ns = WRITE_PAUSE_NS if r.write_pause_ns == 0 else r.write_pause_ns * 2
+        if r.write_pause_ns > SECOND_NS:
+            r.write_pause_ns = SECOND_NS
+        r.write_again_ns = now_ns() + r.write_pause_ns
+    for i in range(b, b + n):
+        if err != 0:
+            r.write_error[i & (ERRORS - 1)].block = i
+            r.write_error[i & (ERRORS - 1)].error = err
+            r.write_error[i & (ERRORS - 1)].tries = r.retries + 1
+        critical_enter(s)
+        acknowledge_block(s, r, i, err, epoch)
+        critical_leave(s)
+    u32_add_seq(&r.write_turn, 1)
+    u32_sub(&r.writing, n)
+    futex_wake_all(&r.write_turn)
+    if r.engine.limit != NO_LIMIT:
+        evictor_ring(r.engine)
+
+
+cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t epoch) noexcept nogil:
+    cdef uint32_t word, state, new
+    while True:
+        word = u32_load(&r.state[b])
+        state = word & STATE_MASK
+        if is_busy(state):
+            sched_yield()                   # its owner is inside a call of the kernel
+            continue
+        if err != 0 and state == CLEAN:
+            if not u32_cas(&r.state[b], word, word & ~<uint32_t>STATE_MASK | UNPROTECTING):
+                continue
+            if r.protect:
+                unprotect(r, b, 1)
+            publish_as(r, b, 1, DIRTY, SPILLED)
+            return
+        new = word & ~<uint32_t>WRITING
+        if err != 0 and state == POOLED:
+            new = new & ~<uint32_t>STATE_MASK | POOLED_DIRTY
+        if err == 0 and not r.writes_back:
+            r.spill[b] = <uint8_t>epoch     # nobody reads it before the block has left memory
+            new |= SPILLED
+        if u32_cas(&r.state[b], word, new):
+            return
+
+
+# ---- flush ------------------------------------------------------------------------------------------------------
+
+cdef int sync_store(Region_t *r) noexcept nogil:
+    """Makes durable what the provider acknowledged. 0 or -errno. Waits for the store."""
+    cdef Slot *c
+    cdef int err
+    if not r.writes_back:
+        return 0                            # private: nothing of it outlives the region
+    if r.hosted:
+        c = carrier_wait_write(r)
+        if c == NULL:
+            return -EIO
+        err = host_sync(c, r)
+        carrier_return(c)
+        return err
+    return r.fill.sync(r.fill.self) if r.fill.sync != NULL else 0
+
+
+cdef bint wait_written(Region_t *r, uint64_t timeout_ns) noexcept nogil:
+    """Waits a while for writes under way; True when there are none."""
+    cdef uint32_t turn = u32_load(&r.write_turn)
+    if u32_load(&r.writing) == 0:
+        return True
+    futex_wait(&r.write_turn, turn, timeout_ns)
+    return u32_load(&r.writing) == 0
+
+
+cdef bint dying_flush(Engine_t *e, Slot *s) noexcept nogil:
+    """Regions whose last array died and that are to be flushed: the keeper takes them down afterwards. Whether there
+    was one."""
+    cdef Region_t *r
+    pthread_mutex_lock(&registry_lock)
+    r = e.dying
+    while r != NULL and u32_load(&r.flush_at_end) != 1:
+        r = r.next_dying
+    if r != NULL:
+        u32_add_seq(&r.refs, 1)
+    pthread_mutex_unlock(&registry_lock)
+    if r == NULL:
+        return False
+    region_flush(s, r)
+    u32_store(&r.flush_at_end, 2)
+    region_release(r)
+    eventfd_raise(e.keeper_fd)
+    return True
+
+
+cdef void region_flush(Slot *s, Region_t *r) noexcept nogil:
+    """All of a region that nobody uses any more; flush_error says how it ended. Within its time."""
+    cdef uint64_t b = 0, last = 0, deadline = now_ns() + r.timeout_ns
+    cdef int err = 0, tries = 0
+    cdef uint64_t dirty = 1
+    while dirty and tries < 2:
+        b = 0
+        while next_known(r, &b, &last):
+            write_range(s, r, b, last, True, NULL)
+            b = last
+        while not wait_written(r, SLICE_NS) and now_ns() < deadline:
+            pass
+        dirty = count_dirty(r)
+        tries += 1
+    if dirty:
+        err = r.write_error[0].error
+        for b in range(ERRORS):
+            err = err if err else r.write_error[b].error
+        err = err if err else -EIO
+    if err == 0:
+        err = sync_store(r)
+    r.flush_error = err
+    r.flush_left = dirty
+
+
+cdef uint64_t count_dirty(Region_t *r) noexcept nogil:
+    """Blocks whose bytes their store does not have."""
+    cdef uint64_t b = 0, last = 0, n = 0
+    cdef uint32_t word
+    while next_known(r, &b, &last):
+        while b < last:
+            word = u32_load(&r.state[b])
+            n += word & WRITING != 0 or is_dirty(word & STATE_MASK)
+            b += 1
+    return n
+
+
+cdef inline bint is_dirty(uint32_t state) noexcept nogil:
+    return state == DIRTY or state == POOLED_DIRTY or state == UNPROTECTING
+
+
+# ---- the spill file ---------------------------------------------------------------------------------------------
+
+cdef int spill_file(Spill_t *f, uint32_t epoch) noexcept nogil:
+    """The descriptor of the file of an epoch, opened at its first use; or -errno. Without a name: gone with the
+    process. Blocks lie in it where they lie in the region, so it is as sparse as they are."""
+    cdef int fd = <int>u32_load(<uint32_t *>&f.file[epoch])
+    if fd >= 0:
+        return fd
+    fd = sys_unnamed_file(f.folder)
+    if fd < 0:
+        return fd
+    if not u32_cas(<uint32_t *>&f.file[epoch], <uint32_t>-1, <uint32_t>fd):
+        close(fd)                           # another thread was faster
+        fd = <int>u32_load(<uint32_t *>&f.file[epoch])
+    return fd
+
+
+cdef int spill_write(Region_t *r, uint64_t b, uint32_t n, const char *bytes, uint32_t *epoch) noexcept nogil:
+    cdef int fd
+    epoch[0] = u32_load(&r.spills.epoch)
+    if epoch[0] >= EPOCHS:
+        return -ENOSPC                      # after so many forks: each needed the file as it was then
+    u32_store(&r.spills.written, 1)
+    fd = spill_file(r.spills, epoch[0])
+    return fd if fd < 0 else pwrite_all(fd, bytes, run_span(r, b, n), b << r.shift)
+
+
+cdef int pwrite_all(int fd, const char *bytes, uint64_t nbytes, uint64_t offset) noexcept nogil:
+    cdef uint64_t at = 0
+    cdef int64_t n
+    while at < nbytes:
+        n = pwrite(fd, bytes + at, nbytes - at, <int64_t>(offset + at))
+        if n > 0:
+            at += <uint64_t>n
+        elif n == 0:
+            return -EIO
+        elif errno != EINTR:
+            return -errno
+    return 0
+
+
+cdef int pread_all(int fd, char *bytes, uint64_t nbytes, uint64_t offset) noexcept nogil:
+    """All of it, or an error: a file that ends early is ENODATA."""
+    cdef uint64_t at = 0
+    cdef int64_t n
+    while at < nbytes:
+        n = pread(fd, bytes + at, nbytes - at, <int64_t>(offset + at))
+        if n > 0:
+            at += <uint64_t>n
+        elif n == 0:
+            return -ENODATA
+        elif errno != EINTR:
+            return -errno
+    return 0
+
+
+cdef int spill_read(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const char **source) noexcept nogil:
+    """Spilled blocks for a fill: all blocks of a run are, or none. 0 or -errno."""
+    cdef uint64_t b = offset >> r.shift, at = 0, part, span = page_round(nbytes)
+    cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
+    cdef int err
+    if r.minor and not s.repair:
+        if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>span) != 0:
+            return -errno
+        target = r.alias + offset
+    elif target == NULL:
+        err = slot_buffer(s)
+        if err != 0:
+            return err
+        target = s.staging
+    while at < span:
+        part = block_span(r, b)
+        while at + part < span and r.spill[b] == r.spill[b + (part >> r.shift)]:
+            part += block_span(r, b + (part >> r.shift))
+        err = pread_all(r.spills.file[r.spill[b]], target + at, part, offset + at)
+        if err != 0:
+            return err
+        at += part
+        b += part >> r.shift
+    source[0] = target
+    return 0
+
+
+cdef void spill_fork(Region_t *r) noexcept nogil:
+    """Before a fork: the child reads its spilled blocks from the files as they are now, so none of them is written
+    again; both sides go on in files of their own."""
+    if r.spills != NULL and u32_swap(&r.spills.written, 0):
+        u32_add(&r.spills.epoch, 1)
+
+
+cdef void spill_close(Region_t *r) noexcept nogil:
+    cdef int i
+    if r.spills != NULL:
+        for i in range(EPOCHS):
+            if r.spills.file[i] >= 0:
+                close(r.spills.file[i])
+        free(r.spills)
+        r.spills = NULL
