@@ -25,10 +25,11 @@ from . import _plain, keys
 from ._coreless import core as _core
 from ._coreless import reason as _no_core
 from ._machine import Machine
-from .engine import Engine, default_engine, fills_whole
+from .engine import Engine, fills_whole
 from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed
 from .region import (
-    Prefetch, Region, Where, _check_choice, _checked_block, _checked_engine, _checked_shape, _checked_size, _served, _title, is_hosted,
+    Prefetch, Region, Where, _check_choice, _checked_block, _checked_engine, _checked_shape, _checked_size, _served,
+    _title, is_hosted,
 )
 from .stats import LatencyHistogram, Stats
 
