@@ -320,7 +320,7 @@ int sim_fifo(const struct sim_trace *t, struct sim_result *r) { return sim_lists
 int sim_lru(const struct sim_trace *t, struct sim_result *r) { return sim_lists(t, r, 1); }
 int sim_s3fifo(const struct sim_trace *t, struct sim_result *r) { return sim_lists(t, r, 2); }
 
-/* ---- Belady: a heap of (next use, block), with entries that are no longer true left in it until they come up ------ */
+/* ---- Belady: a heap of (next use, block), with entries that are no longer true left in it until they come up ----- */
 
 struct use {
     uint64_t next;

@@ -296,7 +296,7 @@ static inline uint32_t policy_filled(struct policy *p, uint32_t node, uint64_t r
     p->nodes[node].ref_low = (uint32_t)ref;
     p->nodes[node].ref_high = (uint32_t)(ref >> 32);
     p->nodes[node].shift = shift & 63;
-    policy_push(p, node, to_main || policy_has_room(p) ? POLICY_MAIN : POLICY_SMALL);
+    policy_push(p, node, policy_has_room(p) || to_main ? POLICY_MAIN : POLICY_SMALL);
     return node;
 }
 
