@@ -79,6 +79,7 @@ class EagerEngine(Engine):
         self._leave()
 
     def _leave(self) -> None:
+        self._end_monitors()
         self._threads = None
         for region in list(self._regions):
             region._shut_when_unused()

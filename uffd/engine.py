@@ -17,6 +17,7 @@ from .errors import BudgetError, DegradedWarning, Unavailable
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from .monitor import Monitor
     from .region import Region
 
 __all__ = ["Engine", "default_engine"]
@@ -49,6 +50,7 @@ class Engine:
     """
 
     fills_whole = False                          # true of the fallback's engine: eager.py
+    _monitors: tuple[Monitor, ...] = ()
 
     def __new__(cls, *args: Any, fallback: str | None = None, **options: Any) -> Engine:
         if cls is Engine and _falls_back(fallback):
@@ -154,6 +156,25 @@ class Engine:
             total = total if counted is None else total + counted
         return total
 
+    def serve(self, path: str | os.PathLike[str]) -> Monitor:
+        """A Monitor: this engine's figures at a new unix socket, for `uffd top PATH`, curl and Prometheus.
+
+        GET /stats answers JSON, GET /metrics Prometheus text (docs/seeing.md). The socket has mode 0600 and goes when
+        the engine or the Monitor is closed, or at exit. A small thread answers; it touches no managed page. One that
+        a dead process left is replaced; FileExistsError for whatever else is there, other OSErrors with the cure.
+        """
+        from .monitor import Monitor
+
+        if self.closed:
+            raise ValueError("the engine is closed")
+        self._monitors = (*self._monitors, Monitor(self, path))
+        return self._monitors[-1]
+
+    def _end_monitors(self) -> None:
+        for monitor in self._monitors:
+            monitor.close()
+        self._monitors = ()
+
     def close(self) -> None:
         """Closes all regions and ends the threads; idempotent. BufferError, with nothing done, while arrays live."""
         if self._threads is None:
@@ -165,6 +186,7 @@ class Engine:
         self.flush()
         for region in list(self._regions):
             region.close()
+        self._end_monitors()
         self._ended = self.stats()
         threads, self._threads = self._threads, None
         threads.stop()                           # or, if a fill still has a region in hand, when it lets go
@@ -175,6 +197,7 @@ class Engine:
         try:
             self.flush()
         finally:
+            self._end_monitors()
             for region in list(self._regions):
                 region._shut_when_unused()
             self._ended = self.stats()
