@@ -43,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--json", action="store_true", help="print the sizes as JSON")
     pack.set_defaults(run=_pack)
 
+    top = commands.add_parser("top", help="a live view of an engine that called engine.serve(PATH)",
+                              description="Show budget, residency, rates and latencies of an engine of another process "
+                                          "of yours, that called engine.serve(PATH). Ctrl-C ends it.")
+    top.add_argument("path", metavar="PATH", help="the socket that engine.serve() made")
+    top.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds (default: %(default)s)")
+    top.add_argument("--once", action="store_true", help="print one frame, of one interval, and end; so it is without "
+                                                         "a terminal")
+    top.add_argument("--json", action="store_true", help="print the figures, a line of JSON each time")
+    top.set_defaults(run=_top)
+
     commands.add_parser("demo", help="the tour, on a real model: uffd demo --help")
     return parser
 
@@ -83,6 +93,12 @@ def _pack(options: argparse.Namespace) -> int:
         print(f"{options.target}: {sizes['target_bytes']:,} bytes of {sizes['source_bytes']:,} ({ratio:.2f} times "
               "smaller)")
     return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from . import _top
+
+    return _top.main(options.path, interval_s=options.interval, once=options.once, as_json=options.json)
 
 
 def _demo(words: list[str]) -> int:
