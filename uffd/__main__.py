@@ -52,9 +52,27 @@ def _parser() -> argparse.ArgumentParser:
                                                          "a terminal")
     top.add_argument("--json", action="store_true", help="print the figures, a line of JSON each time")
     top.set_defaults(run=_top)
-
+    _add_store(commands)
     commands.add_parser("demo", help="the tour, on a real model: uffd demo --help")
     return parser
+
+
+def _add_store(commands: argparse._SubParsersAction) -> None:
+    store = commands.add_parser("store", help="list or remove what providers.Redis keeps in a server",
+                                description="Namespaces of uffd.providers.Redis in a Redis or Valkey server or cluster.")
+    actions = store.add_subparsers(metavar="ACTION", required=True)
+    listing = actions.add_parser("ls", help="list the namespaces", description="List the namespaces, with their sizes "
+                                 "and who writes to them. Looks through all keys of the server.")
+    listing.add_argument("--json", action="store_true", help="print a JSON array")
+    listing.set_defaults(run=_store_ls)
+    removing = actions.add_parser("rm", help="remove a namespace", description="Remove a namespace and all its blocks.")
+    removing.set_defaults(run=_store_rm)
+    for parser in (listing, removing):
+        parser.add_argument("url", metavar="URL", help="redis://, rediss:// or unix://")
+        parser.add_argument("--timeout", metavar="SECONDS", type=float, default=20.0,
+                            help="how long an answer may take (default: %(default)g)")
+    removing.add_argument("namespace", metavar="NAMESPACE")
+    removing.add_argument("--force", action="store_true", help="also while somebody writes to it")
 
 
 def _guarded(run, options) -> int:
@@ -99,6 +117,31 @@ def _top(options: argparse.Namespace) -> int:
     from . import _top
 
     return _top.main(options.path, interval_s=options.interval, once=options.once, as_json=options.json)
+
+
+def _store_ls(options: argparse.Namespace) -> int:
+    from .providers import redis_store
+
+    with redis_store.connected(options.url, options.timeout) as server:
+        rows = redis_store.listed(server)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        size = "any size" if row["nbytes"] is None else f"{row['nbytes']:,} bytes"
+        writer = f", written by {row['writer']}" if row["writer"] else ""
+        print(f"{row['namespace']}: {row['state']}, {size}, {row['blocks_written']:,} blocks of "
+              f"{row['block_bytes']:,} bytes written{writer}")
+    return 0
+
+
+def _store_rm(options: argparse.Namespace) -> int:
+    from .providers import redis_store
+
+    with redis_store.connected(options.url, options.timeout) as server:
+        count = redis_store.removed(server, options.namespace, force=options.force)
+    print(f"{options.namespace}: {count:,} keys removed")
+    return 0
 
 
 def _demo(words: list[str]) -> int:

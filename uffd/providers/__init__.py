@@ -1,7 +1,7 @@
 """Where a region's bytes come from.
 
 Native providers (Zero, Memory, File, Blosc2File, Native) run in the engine's own threads, without the interpreter lock;
-one instance may serve any number of regions. Fsspec, Zarr and whatever is derived from uffd.Provider run in the
+one instance may serve any number of regions. Fsspec, Redis, Zarr and whatever is derived from uffd.Provider run in the
 provider host, another process; one instance serves one region.
 """
 
@@ -24,10 +24,11 @@ import numpy as np
 from .._coreless import core as _core
 from .._coreless import reason as _no_core
 from ..errors import UffdError
+from .redis import Redis
 from .remote import Fsspec
 from .zarrs import Zarr
 
-__all__ = ["Blosc2File", "File", "Fsspec", "Memory", "Native", "Scratch", "Zarr", "Zero"]
+__all__ = ["Blosc2File", "File", "Fsspec", "Memory", "Native", "Redis", "Scratch", "Zarr", "Zero"]
 
 
 _fillers_lock = threading.Lock()
