@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_store(commands: argparse._SubParsersAction) -> None:
     store = commands.add_parser("store", help="list or remove what providers.Redis keeps in a server",
-                                description="Namespaces of uffd.providers.Redis in a Redis or Valkey server or cluster.")
+                                description="Namespaces of uffd.providers.Redis in a server or cluster.")
     actions = store.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("ls", help="list the namespaces", description="List the namespaces, with their sizes "
                                  "and who writes to them. Looks through all keys of the server.")

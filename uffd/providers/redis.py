@@ -322,8 +322,8 @@ class Redis(Provider):
         if word == b"OK":
             return
         if word == b"FENCED" and number >= live.lease.fence:
-            raise live.lease.lose("another session has written to it since: this one was stopped or cut off for longer "
-                                  f"than its lease of {self.lease_s:g} s, and its writes are refused")
+            raise live.lease.lose(errno.EBUSY, "another session has written to it since: this one was stopped or cut "
+                                  f"off for longer than its lease of {self.lease_s:g} s, and its writes are refused")
         if word in (b"BACK", b"FENCED"):
             raise store.problem(live.server, self.namespace, errno.ESTALE, f"{name} is older than what was "
                                 "acknowledged to this session: a replica that was behind took over, or the server "

@@ -49,7 +49,7 @@ class Lease:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lost: str | None = None            # how; for ever
+        self._lost: tuple[int, str] | None = None            # errno and how; for ever
         self.fence = 0                           # 0: not asked for yet
         self.owner = hashlib.sha256(token.encode()).digest()[:8]
         self.writer = int.from_bytes(self.owner, "little")
@@ -63,20 +63,20 @@ class Lease:
         """Returns with the right to write. OSError if another session has it, or had it since. Waits for the lease of
         a writer that died to run out."""
         if self._lost is not None:
-            raise self._error(self._lost)
+            raise self._error(*self._lost)
         if self.fence:
             return
         with self._lock:
             if self._lost is not None:
-                raise self._error(self._lost)
+                raise self._error(*self._lost)
             if not self.fence:
                 self._take(deadline)
 
-    def lose(self, how: str) -> OSError:
-        """It is another's; the error to raise. Nothing is written from here on."""
-        self._lost = self._lost or how
+    def lose(self, number: int, how: str) -> OSError:
+        """It is another's, or nobody's; the error to raise. Nothing is written from here on."""
+        self._lost = self._lost or (number, how)
         self._stop.set()
-        return self._error(self._lost)
+        return self._error(*self._lost)
 
     def check(self, deadline: float) -> None:
         """Renews it; OSError if another session had it since."""
@@ -101,7 +101,8 @@ class Lease:
             if above < fence:
                 break
         else:
-            raise self._error(f"its groups have fences above {fence}, time and again: do two clusters share shards?")
+            raise self._error(errno.EIO, f"its groups have fences above {fence}, time and again: do two clusters share "
+                              "shards?")
         self.fence = fence
         self._thread = threading.Thread(target=_renew, args=(weakref.ref(self), self._stop, self._lease_s / 3),
                                         name="uffd-lease", daemon=True)
@@ -120,31 +121,31 @@ class Lease:
                 case b"NEW" | b"SAME":
                     return word.decode(), number
                 case b"TAKEN":
-                    raise self.lose(f"{holder} has written to it since: this session was stopped or cut off for longer "
-                                    f"than its lease of {self._lease_s:g} s")
+                    raise self.lose(errno.EBUSY, f"{holder} has written to it since: this session was stopped or cut "
+                                    f"off for longer than its lease of {self._lease_s:g} s")
                 case b"HELD":
                     if had:
-                        raise self.lose(f"{holder} writes to it now: this session was stopped or cut off for longer "
-                                        f"than its lease of {self._lease_s:g} s")
+                        raise self.lose(errno.EBUSY, f"{holder} writes to it now: this session was stopped or cut off "
+                                        f"for longer than its lease of {self._lease_s:g} s")
                     if least_left_ms is not None and number > least_left_ms:
-                        raise self._error(f"{holder} writes to it: one session at a time can. End that one, or take "
-                                          "another namespace")
+                        raise self._error(errno.EBUSY, f"{holder} writes to it: one session at a time can. End that "
+                                          "one, or take another namespace")
                     least_left_ms = number
                     self._wait_for_holder(holder, number, deadline)
                 case b"STATE":
-                    raise self.lose(f"it is {holder}: somebody removes it")
+                    raise self.lose(errno.ENODATA, f"it is {holder}: somebody removes it")
                 case _:
-                    raise self.lose("its head is gone, or of another generation: it was removed, or the server started "
-                                    "again without its data")
+                    raise self.lose(errno.ENODATA, "its head is gone, or of another generation: it was removed, or "
+                                    "the server started again without its data")
 
     def _wait_for_holder(self, holder: str, left_ms: int, deadline: float) -> None:
         """A holder that lives renews its lease, and more is left of it then; one that died lets it run out."""
         pause_s = min(max(left_ms, 10) / 1e3, 0.25)
         if time.monotonic() + pause_s > deadline:
-            raise self._error(f"{holder} has the right to write for {left_ms} ms more: one session at a time can. Try "
-                              "again then, or end that one")
+            raise self._error(errno.EBUSY, f"{holder} has the right to write for {left_ms} ms more: one session at "
+                              "a time can. Try again then, or end that one")
         if self._stop.wait(pause_s):
-            raise self._error("closed while it waited for another writer")
+            raise self._error(errno.ECANCELED, "closed while it waited for another writer")
 
     def _raise_fences(self, fence: int, *, is_new: bool, deadline: float) -> int:
         """Puts our fence before all groups. The highest that is there and above or another's, or one less than ours."""
@@ -154,20 +155,20 @@ class Lease:
         answers = self._server.run(commands, deadline)
         for group, (word, *_) in enumerate(answers):
             if word in (b"LOST", b"OTHER"):
-                raise self.lose(f"{keys.index(group)} is gone, or of another generation: the server or a shard started "
-                                "again without its data, or the namespace was removed")
+                raise self.lose(errno.ENODATA, f"{keys.index(group)} is gone, or of another generation: the server "
+                                "or a shard started again without its data, or the namespace was removed")
         fenced = [answer[1] for answer in answers if answer[0] == b"FENCED"]
         if fenced:
             return max(fenced)
         for group, (_, _, newest) in enumerate(answers):
             if is_new and self._read_at.get(group, newest) != newest:
-                raise self.lose("another session has written to it since this one read it: what was read is out of "
-                                "date, and writing it back would undo that. Open it again")
+                raise self.lose(errno.EBUSY, "another session has written to it since this one read it: what was "
+                                "read is out of date, and writing it back would undo that. Open it again")
         self.newest = [answer[2] for answer in answers]
         return fence - 1
 
-    def _error(self, text: str) -> OSError:
-        return problem(self._server, self._space.name, errno.EBUSY, text)
+    def _error(self, number: int, text: str) -> OSError:
+        return problem(self._server, self._space.name, number, text)
 
 
 def _renew(lease_ref: Callable[[], Lease | None], stop: threading.Event, pause_s: float) -> None:

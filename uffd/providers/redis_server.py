@@ -8,6 +8,8 @@ that know their own work again.
 from __future__ import annotations
 
 import errno
+import itertools
+import secrets
 import threading
 import time
 from collections import defaultdict
@@ -55,6 +57,7 @@ class Server:
         self._cluster: Any = None
         self._look_lock = threading.Lock()       # of looking for the shards again
         self._looked_s = 0.0
+        self._marks = itertools.count(secrets.randbits(48))
         self._passing = (self._redis.ConnectionError, self._redis.TimeoutError, self._redis.ReadOnlyError,
                          self._redis.exceptions.ClusterError, self._redis.exceptions.AskError,
                          self._redis.exceptions.TryAgainError, self._redis.exceptions.RedisClusterException)
@@ -158,11 +161,8 @@ class Server:
             replies: list[Any] = [None] * len(commands)
             lasts = []
             for node, numbers in self._by_node(commands, range(len(commands)), None).items():
-                pipeline = self._client(node).pipeline(transaction=False)
-                for number in numbers:
-                    pipeline.execute_command(*commands[number][1])
-                pipeline.execute_command(*last)
-                *answers, final = pipeline.execute()
+                share = [commands[number][1] for number in numbers]
+                *answers, final = self._pipelined(node, [*share, last], raise_on_error=True)
                 for number, answer in zip(numbers, answers, strict=True):
                     replies[number] = answer
                 lasts.append((self.place if node is None else node.name, final))
@@ -189,10 +189,7 @@ class Server:
         try:
             if time.monotonic() > deadline:
                 raise self._redis.TimeoutError("no time was left")
-            pipeline = self._client(node).pipeline(transaction=False)
-            for number in numbers:
-                pipeline.execute_command(*commands[number][1])
-            answers = pipeline.execute(raise_on_error=False)
+            answers = self._pipelined(node, [commands[number][1] for number in numbers], raise_on_error=False)
         except self._refusals as error:
             raise self._named(error, "connecting", 1) from error
         except self._passing as error:
@@ -209,16 +206,29 @@ class Server:
             else:
                 replies[number] = answer
 
+    def _pipelined(self, node: Any, commands: Sequence[tuple[Any, ...]], *, raise_on_error: bool) -> list[Any]:
+        """The answers to commands of one shard, on one connection. Their end is marked by a word of ours: answers that
+        are out of step with what was asked, on a connection where some were doubled or lost, are not taken."""
+        client = self._client(node)
+        pipeline = client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        mark = f"uffd {next(self._marks)}".encode()
+        pipeline.execute_command("ECHO", mark)
+        *answers, end = pipeline.execute(raise_on_error=raise_on_error)
+        if end != mark and not isinstance(end, self._refusals):
+            client.connection_pool.disconnect(inuse_connections=False)
+            raise self._redis.ConnectionError("the answers are out of step with what was asked; is something between "
+                                              "here and the server that doubles or drops them?")
+        return answers
+
     def _asked(self, ask: Any, command: tuple[Any, ...]) -> Any:
         """The slot is on its way to another shard, which has this key already."""
         node = self._cluster.get_node(ask.host, ask.port)
         if node is None:
             return ask
         try:
-            pipeline = self._client(node).pipeline(transaction=False)
-            pipeline.execute_command("ASKING")
-            pipeline.execute_command(*command)
-            return pipeline.execute(raise_on_error=False)[1]
+            return self._pipelined(node, [("ASKING",), command], raise_on_error=False)[1]
         except self._passing as error:
             return error
 
