@@ -46,6 +46,7 @@ PROGRAMS = [
     "1000000000000 40000180000285",
     "(10000, 3) [9999.  4999.5 2499.75] 2499.75",
     "5 16 blocks, of which one was touched",
+    "100001 bytes, written and read back in 124 writes",
     "5 True 2 OSError: [Errno 5] the tape is torn\n1",
 ]
 

@@ -165,23 +165,23 @@ class Buffered(Store):
 
     def open(self):
         super().open()
-        self.lock, self.pending = threading.Lock(), {}
+        self.lock, self.pending = threading.Lock(), []
 
     def write(self, offset, data):
         with self.lock:
-            self.pending[offset] = data.tobytes()
+            self.pending.append((offset, data.tobytes()))
 
     def read(self, offset, out):
         super().read(offset, out)
         with self.lock:
-            for at, data in self.pending.items():
+            for at, data in self.pending:
                 low, high = max(at, offset), min(at + len(data), offset + len(out))
                 if low < high:
                     out[low - offset:high - offset] = np.frombuffer(data, np.uint8)[low - at:high - at]
 
     def flush(self):
         with self.lock:
-            for offset, data in self.pending.items():
+            for offset, data in self.pending:
                 os.pwrite(self.fd, data, offset)
             self.pending.clear()
         super().flush()
