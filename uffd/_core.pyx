@@ -323,7 +323,6 @@ include "_evict.pxi"
 include "_store.pxi"
 include "_ahead.pxi"
 include "_hosted.pxi"
-include "_hostwrite.pxi"
 include "_hosts.pxi"
 include "_inline.pxi"
 include "_native.pxi"
@@ -334,6 +333,8 @@ include "_api.pxi"
 include "_region.pxi"
 include "_memory.pxi"
 include "_hostside.pxi"
+include "_hosttake.pxi"
+include "_hostwrite.pxi"
 
 
 cdef int _start() except -1:
