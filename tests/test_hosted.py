@@ -101,6 +101,17 @@ def test_errors_have_their_own_words(make, how, number, words):
     del array
 
 
+def test_populate_names_the_first_block_that_failed(make):
+    """Goal: of several blocks that can't be filled it is the lowest that is told, whichever failed first; blocks before
+    it are there. A cancelled populate still ends at once."""
+    region = make(64 * BLOCK, hosted.BrokenTwice(64 * BLOCK, concurrency=4), retries=0)
+    for _ in range(3):
+        with pytest.raises(uffd.ProviderError, match="block 3") as caught:
+            region.populate()
+        assert caught.value.offset == 3 * BLOCK
+    assert region.resident()[:3].all() and not region.resident()[3]
+
+
 def test_not_filled_whole_is_an_error(make):
     """Goal: what the provider left unwritten is neither zeros nor another block's bytes."""
     region = make(None, hosted.Unfilled(4 * BLOCK), retries=0)

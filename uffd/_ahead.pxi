@@ -275,6 +275,9 @@ cdef void stream_end(Slot *s, Region_t *r, Stream *st) noexcept nogil:
 
 # ---- jobs: prefetch and populate --------------------------------------------------------------------------------
 
+cdef enum:
+    JOB_FAILED = 2              # `cancelled` of a populate with an error; 1: somebody cancelled it
+
 cdef void job_post(Engine_t *e, Job_t *j) noexcept nogil:
     """Queues a job, behind those of its kind; wakes a worker. The queue holds a reference."""
     cdef Job_t **at
@@ -407,7 +410,7 @@ cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, 
     cdef uint32_t got
     cdef int err
     stage(s, r, H_QUEUE, now_ns() - j.since_ns)
-    while b < end and not u32_load(&j.cancelled) and not u32_load(&r.closing):
+    while b < end and not job_ends(j, b) and not u32_load(&r.closing):
         got = begin_run(s, r, b, <uint32_t>(end - b), False, j.kind, MISSING)
         if got == 0 and (s.no_room or job_rescue(s, r, b)):
             if s.no_room and not job_waits(e, s, j):
@@ -446,15 +449,21 @@ cdef bint job_waits(Engine_t *e, Slot *s, Job_t *j) noexcept nogil:
     return not u32_load(&e.stopping)
 
 
+cdef inline bint job_ends(Job_t *j, uint64_t b) noexcept nogil:
+    """Whether block b is not to be filled any more. After an error the blocks before it are: one may fail, too."""
+    cdef uint32_t cancelled = u32_load(&j.cancelled)
+    return cancelled == 1 or cancelled == JOB_FAILED and b > u64_load(&j.error_block)
+
+
 cdef void job_fail(Engine_t *e, Job_t *j, int err, uint64_t b, uint32_t tries) noexcept nogil:
-    """The first error of a job; populate hands out no more then, prefetch goes on."""
+    """The error of a job's lowest block; populate hands out no more then, prefetch goes on."""
     pthread_mutex_lock(&e.job_lock)
-    if j.error == 0:
+    if j.error == 0 or b < j.error_block:
         j.error = err
-        j.error_block = b
+        u64_store(&j.error_block, b)
         j.tries = tries
     if j.kind == POPULATE:
-        u32_store(&j.cancelled, 1)
+        u32_cas(&j.cancelled, 0, JOB_FAILED)
         if j.queued:
             job_unqueue(e, j)
     pthread_mutex_unlock(&e.job_lock)

@@ -231,3 +231,15 @@ class FailsAlways(Pattern):
 class SleepsInOpen(Pattern):
     def open(self):
         time.sleep(3600)
+
+
+class BrokenTwice(Pattern):
+    """Fails at block 3, after a while, and at once at block 40."""
+
+    def read(self, offset, out):
+        if offset <= 3 * BLOCK < offset + len(out):
+            time.sleep(0.2)
+            raise OSError(5, "block 3")
+        if offset <= 40 * BLOCK < offset + len(out):
+            raise OSError(5, "block 40")
+        out[:] = pattern(offset, len(out))
