@@ -6,11 +6,14 @@ import importlib.util
 import io
 import linecache
 import os
+import pickle
+import re
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -70,6 +73,44 @@ def test_without_cloudpickle_what_has_a_name_travels(host, no_cloudpickle):
     for thing, value in ((Scaled(5), 5), (Scaled(4).method, 8), (functools.partial(fill_three, 2), 6)):
         assert set(read_elsewhere(host, thing)) == {value}
     assert np.array_equal(read_elsewhere(host, fill_pattern), pattern(0, BLOCK_BYTES))
+
+
+@needs_cloudpickle
+def test_recipes_take_along_what_is_found_nowhere_else(tmp_path, monkeypatch):
+    """Goal: with a region's recipe, too, code of a module that another process would not find travels by value."""
+    module = types.ModuleType("found_nowhere")
+    monkeypatch.setitem(sys.modules, "found_nowhere", module)
+    exec("import uffd\n\nclass Five(uffd.Provider):\n    def read(self, offset, out):\n        out[:] = 5",
+         vars(module))
+    (tmp_path / "recipe").write_bytes(pickle.dumps(_hosting.Portable(module.Five()), protocol=5))
+    program = ("import pickle, numpy as np; out = np.zeros(9, 'u1'); "
+               "pickle.load(open('recipe', 'rb')).read(0, out); assert set(out) == {5}")
+    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("thing", [fill_pattern, functools.partial(fill_three, 2), Scaled(5)],
+                         ids=["function", "partial", "instance"])
+def test_recipes_give_back_what_was_given(thing):
+    """Goal: a function comes out of a recipe as that function."""
+    again = pickle.loads(pickle.dumps(_hosting.Portable(thing), protocol=5))
+    assert type(again) is type(thing)
+
+
+RECIPES = [
+    (lambda: io.TextIOWrapper(io.BytesIO()), TypeError, "an open file belongs to this process"),
+    (lambda: ctypes.CDLL(None), TypeError, "a loaded library belongs to this process"),
+    (lambda: np.zeros(65 << 20, np.uint8), ValueError, "more than 64 MiB: it captured an array of 68157440 items"),
+    (lambda: threading.Lock(), TypeError, "self.factor is a lock"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "words"), RECIPES, ids=["file", "library", "array", "lock"])
+def test_recipes_refuse_what_a_host_would(make, kind, words):
+    """Goal: what could only fail later, or be something else there, is refused where the recipe is made."""
+    with pytest.raises(kind, match=re.escape(words)):
+        pickle.dumps(_hosting.Portable(Scaled(make())))
 
 
 def test_nothing_is_unpickled_here(host):

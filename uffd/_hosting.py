@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import sysconfig
@@ -71,18 +72,18 @@ def last_line(text: str | None) -> str:
 
 
 class Portable:
-    """A provider on its way into another process: by cloudpickle where the standard pickle can't take it."""
+    """A provider in Python on its way into another process, with a region's recipe: pickled as for a provider host, by
+    cloudpickle where it is installed, and refused for the same reasons."""
 
     def __init__(self, provider: Any) -> None:
         self.provider = provider
 
     def __reduce__(self) -> Any:
-        try:
-            import cloudpickle
-        except ImportError:
-            return _same, (self.provider,)
-        return cloudpickle.loads, (cloudpickle.dumps(self.provider),)
+        served = hosted.as_provider(self.provider)
+        assert served is not None, "only regions over providers in Python are pickled with a Portable"
+        return _again, (hosted.portable(served),)
 
 
-def _same(provider: Any) -> Any:
-    return provider
+def _again(data: bytes) -> Any:
+    thing = pickle.loads(data)
+    return thing.function if type(thing) is hosted.FunctionProvider else thing

@@ -220,7 +220,21 @@ def pickled(provider: Provider) -> bytes:
     if _in_host:
         raise RuntimeError("a provider host starts no hosts of its own: a region over a provider in Python can't be "
                            "made here")
-    main = _main_module()
+    data, files = _dumped(provider)
+    sources = {name: linecache.getlines(name) for name in files if not os.path.exists(name)}
+    header = pickle.dumps({"path": [entry or os.getcwd() for entry in sys.path], "cwd": _cwd(), "argv": list(sys.argv),
+                           "main": _main_module(), "sources": sources}, protocol=5)
+    return b"".join((len(header).to_bytes(8, "little"), header, data))
+
+
+def portable(provider: Provider) -> bytes:
+    """The provider's own pickle, for another process that is to make a region of it. Refused is what `pickled` would
+    refuse: that process would do it, far from here. A host may make one, too."""
+    return bytes(_dumped(provider)[0])
+
+
+def _dumped(provider: Provider) -> tuple[memoryview, set[str]]:
+    """(the provider's pickle, the files that code in it was written in)."""
     out = _Limited()
     pickler = _pickler_class()(out)
     try:
@@ -230,14 +244,11 @@ def pickled(provider: Provider) -> bytes:
         raise ValueError(_too_large(provider, error, pickler)) from None
     except Exception as error:
         raise TypeError(_unpicklable(provider, error)) from None
-    if pickler.of_main is not None and main is None:
+    if pickler.of_main is not None and _main_module() is None:
         raise TypeError(f"{pickler.of_main} is defined in the main module, which can't be imported again in the "
                         f"provider host (it is no file: a prompt, a notebook, -c or -m package). {_CALLBACK}, or move "
                         "it into a module")
-    sources = {name: linecache.getlines(name) for name in pickler.files if not os.path.exists(name)}
-    header = pickle.dumps({"path": [entry or os.getcwd() for entry in sys.path], "cwd": _cwd(), "argv": list(sys.argv),
-                           "main": main, "sources": sources}, protocol=5)
-    return b"".join((len(header).to_bytes(8, "little"), header, out.getbuffer()))
+    return out.getbuffer(), pickler.files
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Any], memoryview]:
