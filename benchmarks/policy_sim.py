@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +122,12 @@ def scan_and_loop(rng: np.random.Generator, count: int, blocks: int) -> np.ndarr
                                    (0.2, np.arange(looped, blocks))])
 
 
+def later(rng: np.random.Generator, count: int, blocks: int) -> np.ndarray:
+    """The same after memory was filled with something else, Zipf 0.6, a quarter of the touches (which isn't counted)."""
+    return np.concatenate([zipf(rng, count // 4, blocks, 0.6),
+                           (scan_and_loop(rng, count - count // 4, blocks) + blocks // 2) % blocks])
+
+
 def shifting(rng: np.random.Generator, count: int, blocks: int, phases: int = 8) -> np.ndarray:
     """Zipf 0.9 over a window of a fifth of the blocks, which jumps on."""
     window = blocks // 5
@@ -163,8 +169,9 @@ def traces(blocks: int = 20_000, count: int = 2_000_000, seed: int = 4) -> Itera
         return trace(name, make(np.random.default_rng(seed)), blocks, **options)  # type: ignore[arg-type]
 
     for alpha in (0.7, 0.9, 0.99, 1.2):
-        yield made(f"zipf {alpha}", lambda rng, alpha=alpha: zipf(rng, count, blocks, alpha))
+        yield made(f"zipf {alpha}", functools.partial(zipf, count=count, blocks=blocks, alpha=alpha))
     yield made("scan + loop", lambda rng: scan_and_loop(rng, count, blocks))
+    yield made("scan + loop, later", lambda rng: later(rng, count, blocks))
     yield made("loop, all", lambda rng: np.resize(np.arange(blocks), count))
     yield made("loop, 30 %", lambda rng: np.resize(np.arange(blocks * 3 // 10), count))
     yield made("shifting", lambda rng: shifting(rng, count, blocks))

@@ -32,7 +32,7 @@ OF_THE_INTERPRETER = tuple(f"tests/test_{name}.py" for name in (
     "eager", "fallback", "demo", "serving", "top"))
 # What rests on sources, on C that is compiled by itself, or on arithmetic is no matter of privilege.
 WITHOUT_KERNEL = tuple(f"tests/test_{name}.py" for name in (
-    "house", "blosc2_c", "watchdog", "keys", "eager", "fallback"))
+    "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback"))
 # Without a userfaultfd regions are filled whole. The other files are about faults, threads, signals, fork, the kernel's
 # calls, or what is filled when. Within these, tests/support/fallback.py says of each test that can't hold why.
 OF_THE_FALLBACK = tuple(f"tests/test_{name}.py" for name in (

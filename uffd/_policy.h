@@ -197,7 +197,7 @@ static inline void policy_trim_ghosts(struct policy *p)
         policy_free(p, ghosts->oldest);
 }
 
-/* A node that is in no queue; 0: all are in use for blocks in memory. */
+/* A node that is in no queue, its flags zero; 0: all are in use for blocks in memory. */
 static inline uint32_t policy_take(struct policy *p)
 {
     uint32_t node;
@@ -291,7 +291,6 @@ static inline uint32_t policy_filled(struct policy *p, uint32_t node, uint64_t r
         node = policy_take(p);
         if (!node)
             return 0;
-        memset(&p->nodes[node], 0, sizeof p->nodes[node]);
     }
     p->nodes[node].ref_low = (uint32_t)ref;
     p->nodes[node].ref_high = (uint32_t)(ref >> 32);
