@@ -123,7 +123,7 @@ def scan_and_loop(rng: np.random.Generator, count: int, blocks: int) -> np.ndarr
 
 
 def later(rng: np.random.Generator, count: int, blocks: int) -> np.ndarray:
-    """The same after memory was filled with something else, Zipf 0.6, a quarter of the touches (which isn't counted)."""
+    """The same after memory was filled with something else: Zipf 0.6, a quarter of the touches, not counted."""
     return np.concatenate([zipf(rng, count // 4, blocks, 0.6),
                            (scan_and_loop(rng, count - count // 4, blocks) + blocks // 2) % blocks])
 
