@@ -29,7 +29,8 @@ LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 # its end. The core is one abi3 wheel, and what rests on it, on numpy or on the kernel is the same everywhere.
 OF_THE_INTERPRETER = tuple(f"tests/test_{name}.py" for name in (
     "package", "region", "providers", "recipes", "fork", "gil", "signals", "exit", "hosted", "host_process", "testing",
-    "eager", "fallback", "demo", "serving", "top"))
+    "eager", "fallback", "demo", "serving",
+    "serving_fork", "top"))
 # What rests on sources, on C that is compiled by itself, or on arithmetic is no matter of privilege.
 WITHOUT_KERNEL = tuple(f"tests/test_{name}.py" for name in (
     "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback"))
