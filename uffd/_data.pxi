@@ -23,6 +23,7 @@ cdef extern from "_policy.h" nogil:
     uint32_t policy_drop(policy *p) noexcept
     void policy_redrop(policy *p, uint32_t node) noexcept
     uint32_t policy_gone(policy *p, uint32_t node) noexcept
+    void policy_keep(policy *p, uint32_t node) noexcept
     void policy_forget(policy *p, uint32_t node) noexcept
     uint64_t policy_ref(const policy *p, uint32_t node) noexcept
     bint policy_pool_full(const policy *p) noexcept
@@ -159,6 +160,7 @@ cdef struct Region_t:
     bint zeropage
     bint nested                 # FILL_DIRECT from another region's memory, whose faults somebody must serve
     bint hosted                 # its provider runs in another process
+    bint kernel_faults          # those of system calls are served, too
     bint moves                  # pages are moved out and in by the kernel (UFFDIO_MOVE), else copied
     bint guard                  # read-only, in a writable mapping that is write-protected: so that pages can be moved
     bint writes_back            # dirty blocks go to the provider; else to the spill file
@@ -287,6 +289,7 @@ cdef struct Job_t:                # a prefetch or populate; all fields under the
     uint64_t at                 # the run being handed out, and the block in it
     uint64_t block
     uint64_t handed_bytes
+    uint32_t keeps              # a prefetch of more than what lately came and was not touched may have
     uint32_t outstanding
     uint32_t queued
     uint64_t since_ns

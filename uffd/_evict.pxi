@@ -120,7 +120,7 @@ cdef bint batch_put(Engine_t *e, Batch *t) noexcept nogil:
 cdef Region_t *region_of_ref(uint64_t ref) noexcept nogil:
     """The region of a block's name, with a reference, or NULL."""
     cdef uint32_t *mark = epoch_enter()
-    cdef Region_t *r = <Region_t *>ptr_load(&table[ref >> REF_BLOCK_BITS])
+    cdef Region_t *r = <Region_t *>ptr_load(&table[(ref >> REF_BLOCK_BITS) - 1])
     if r != NULL and not u32_load(&r.closing):
         u32_add_seq(&r.refs, 1)
     else:
@@ -513,8 +513,9 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             pause_ms = 1
             futex_wait(&e.bell, 0, SECOND_NS)
             continue
-        poll(NULL, 0, <int>pause_ms)        # all is pinned, young, or waits to be written back
-        pause_ms = pause_ms * 2 if pause_ms < 64 and not u32_load(&e.room_waiters) else pause_ms
+        poll(NULL, 0, 1)                    # all is pinned, young, or waits to be written back
+        futex_wait(&e.bell, 0, pause_ms * 1000000)
+        pause_ms = pause_ms * 2 if pause_ms < 64 else 64
     u32_sub(&e.evictors, 1)
     futex_wake_all(&e.evictors)
     return NULL

@@ -300,7 +300,8 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
             err = 0
         critical_leave(s)
         if err == 0:
-            note_put(r, b, <uint32_t>n, NOTE_DEMAND if s.cause == DEMAND else NOTE_AHEAD)
+            note_put(r, b, <uint32_t>n, NOTE_DEMAND if s.cause == DEMAND else
+                     NOTE_KEEP if s.job != NULL and s.job.keeps else NOTE_AHEAD)
     u32_store(&s.phase, s.run | BUSY)
     if err != 0:
         count(s, r, C_ERRORS, 1)

@@ -239,6 +239,10 @@ cdef void region_reap(Region_t *r) noexcept nogil:
     if r.hosted:
         session_end(e, r.fill.session)
     e.regions -= 1
+    e.block_max = 0
+    for i in range(<int>snapshot.n if snapshot != NULL else 0):
+        if snapshot.entry[i].region.engine == e and <uint64_t>1 << snapshot.entry[i].region.shift > e.block_max:
+            e.block_max = <uint64_t>1 << snapshot.entry[i].region.shift
     u32_store(&r.gone, 1)
 
 

@@ -299,6 +299,13 @@ static inline uint32_t policy_filled(struct policy *p, uint32_t node, uint64_t r
     return node;
 }
 
+/* Resident, and asked for by name in such numbers that SMALL would lose the first before the last has come: into MAIN. */
+static inline void policy_keep(struct policy *p, uint32_t node)
+{
+    if (policy_queue(p, node) == POLICY_SMALL)
+        policy_move(p, node, POLICY_MAIN);
+}
+
 /* ---- what the evictor asks and tells ---------------------------------------------------------------------------- */
 
 /* SMALL's end while SMALL has more than its share, else MAIN's. Blocks that are given back again and again (pinned)

@@ -243,6 +243,7 @@ cdef class Region:
         finally:
             PyBuffer_Release(&view)
         j.block = j.runs[0]
+        j.keeps = kind == PREFETCH and _bytes_of(j, r.shift) > u64_load(&r.engine.limit) / 8
         j.region_id = r.id
         j.kind = <uint32_t>kind
         j.refs = 1
@@ -255,6 +256,13 @@ cdef class Region:
             job_post(r.engine, j)
             region_release(r)
         return job
+
+
+cdef uint64_t _bytes_of(Job_t *j, uint32_t shift) noexcept:
+    cdef uint64_t i, n = 0
+    for i in range(j.nruns):
+        n += j.runs[2 * i + 1] - j.runs[2 * i]
+    return n << shift
 
 
 @no_gc_clear
@@ -342,6 +350,7 @@ cdef int _prepare(Region_t *r, bint shared) except? -1000:
     r.hosted = r.fill.kind == FILL_HOST
     r.slow = r.fill.may_block or r.nested
     r.odd_block = r.blocks
+    r.kernel_faults = not r.is_inline and known_way != UF_WAY_USER
     if shared:
         r.protect = r.writable and has(UF_FEATURE_WP_HUGETLBFS_SHMEM)
     else:

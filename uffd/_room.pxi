@@ -9,7 +9,7 @@
 # policy through a ring without a lock (a fill may run in a signal handler); who evicts drains it first.
 
 cdef enum:
-    NOTE_DEMAND, NOTE_AHEAD, NOTE_RESCUED
+    NOTE_DEMAND, NOTE_AHEAD, NOTE_RESCUED, NOTE_KEEP
     REF_BLOCK_BITS = 40                     # a block's name in the policy: slot of its region, number
     ROOM_BYTES = 4 << 20                    # of headroom that is kept, where the budget is large enough
 cdef uint64_t ROOM_WAIT_NS = 20000000       # then a wait for room looks again
@@ -38,8 +38,8 @@ cdef inline uint64_t room_high(Engine_t *e) noexcept nogil:
         return 0
     if high < ROOM_BYTES:
         high = ROOM_BYTES
-    if high > limit / 8:
-        high = limit / 8
+    if high > limit / 16:
+        high = limit / 16
     return high if high > 2 * e.block_max else 2 * e.block_max
 
 
@@ -370,7 +370,7 @@ cdef int move_pages(int fd, uint64_t target, uint64_t source, uint64_t len, uint
 # ---- what the policy is told ------------------------------------------------------------------------------------
 
 cdef inline uint64_t ref_of(Region_t *r, uint64_t b) noexcept nogil:
-    return (r.id & (MAX_REGIONS - 1)) << REF_BLOCK_BITS | b
+    return ((r.id & (MAX_REGIONS - 1)) + 1) << REF_BLOCK_BITS | b
 
 
 cdef void note_put(Region_t *r, uint64_t b, uint32_t n, uint32_t kind) noexcept nogil:
@@ -442,6 +442,8 @@ cdef void note_apply(Engine_t *e, Region_t *r, Note *n) noexcept nogil:
             if state == MISSING or state == POISONED:
                 continue                    # gone again: discarded
             r.node[b] = policy_filled(&e.pol, r.node[b], ref_of(r, b), r.shift, n.kind == NOTE_AHEAD)
+            if n.kind == NOTE_KEEP:
+                policy_keep(&e.pol, r.node[b])
         if few_blocks(e):
             if now == 0:
                 now = now_ns()

@@ -160,13 +160,15 @@ cdef uint32_t copy_run(Slot *s, Region_t *r, uint64_t b, uint64_t end, bint resi
 
 
 cdef bint copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *target) noexcept nogil:
+    """One dirty block, which is on its way to its store then. One that is pinned where the kernel's own writes to
+    protected memory are not served (a readinto may be under way) is copied as it is, and stays dirty."""
     cdef char *start = r.base + (b << r.shift)
     cdef uint64_t span = block_span(r, b)
     cdef bint shared = is_shared(r)
-    cdef bint done = True
+    cdef bint done = True, stays = state == DIRTY and not r.kernel_faults and u8_load(&r.pins[b]) != 0
     if not claim_write(s, r, b, state):
         return False
-    if state == DIRTY and (not r.protect or uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0):
+    if not stays and state == DIRTY and (not r.protect or uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0):
         done = False                        # an madvise split it (older kernels), or the kernel can't: it stays dirty
     elif shared:
         memcpy(target, r.alias + (b << r.shift), span)
@@ -177,7 +179,7 @@ cdef bint copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *tar
     if not done:
         publish(r, b, 1, state)             # protected, but dirty: a write lifts it
         return False
-    publish(r, b, 1, (CLEAN if state == DIRTY else POOLED) | WRITING)
+    publish(r, b, 1, (DIRTY if stays else CLEAN if state == DIRTY else POOLED) | WRITING)
     return True
 
 
