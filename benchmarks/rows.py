@@ -70,6 +70,8 @@ ROWS = (
     Row("hosted-zarr-decodes", "the same: decodes of each chunk", "x", "number", 1.0, True),
     Row("hosted-http", "10,000 random rows over HTTP, after uffd.prefetch", "s", "rate", 5.0, False,
         "the same without the prefetch"),
+    Row("redis-prefetch", "Redis on loopback, 64 KiB blocks, prefetch on, summed", "s/GiB", "rate", 0.8, False,
+        "redis-py: pipelined GETs of the same blocks in a loop, summed"),
     Row("life-1tib-time", "1 TiB region made and closed", "ms", "number", 50.0, True),
     Row("life-1tib-rss", "1 TiB region made and closed: resident memory while open", "MiB", "number", 4.0, True),
     Row("life-1000", "1,000 regions made and closed 20 times: fds, threads, mappings left", "left", "number", 0.0,

@@ -423,7 +423,7 @@ def test_users(own_server, opened):
     good = "redis://good:pw@" + server.url.removeprefix("redis://")
     with server.client() as client:
         from uffd.providers.redis_server import RIGHTS
-        client.execute_command("ACL", "SETUSER", "good", "on", ">pw", *RIGHTS.replace(" +waitaof", "").split())
+        client.execute_command("ACL", "SETUSER", "good", "on", ">pw", *RIGHTS.split())
         client.execute_command("ACL", "SETUSER", "few", "on", ">pw", "~uffd:*", "+@read", "+info", "+@connection")
         client.execute_command("ACL", "SETUSER", "blind", "on", ">pw", "~other:*", "+@all")
     provider = opened(good)
@@ -617,6 +617,51 @@ def test_a_writer_that_was_stopped_and_met_nobody_goes_on(server, writer):
     writer.process.send_signal(signal.SIGCONT)
     assert writer("write") == "done\n"
     assert writer("flush") == "done\n"
+
+
+def again(provider):
+    """The session's host, started again: nothing is left of what it knew."""
+    made = pickle.loads(pickle.dumps(provider))
+    made.open()
+    return made
+
+
+def test_a_host_that_was_started_again_goes_on(server, opened):
+    provider = opened(server.url)
+    read(provider, 0, SMALL)
+    provider.write(0, some_bytes(SMALL))
+    restarted = again(provider)
+    read(restarted, 0, SMALL)
+    restarted.flush()
+    restarted.write(0, some_bytes(SMALL, 2))
+    restarted.flush()
+    restarted.close()
+    assert np.array_equal(read(provider, 0, SMALL), some_bytes(SMALL, 2))
+
+
+def test_a_host_that_was_started_again_flushes_what_the_one_before_wrote(server, opened):
+    provider = opened(server.url, durable="wait", timeout_s=1.0)
+    again(provider).close()
+    provider.write(0, some_bytes(SMALL))
+    restarted = again(provider)
+    assert "0 of 1 replicas" in failing(errno.ETIMEDOUT, restarted.flush)
+    restarted.close()
+
+
+def test_a_host_that_was_started_again_has_lost_the_lease_too(server, opened):
+    """It was stopped, another session wrote and is gone, and then its host dies: nothing tells the new one but the
+    server."""
+    first = opened(server.url)
+    first.write(0, some_bytes(SMALL))
+    server.do("DEL", first._space.keys.lease)
+    second = opened(server.url)
+    second.write(0, some_bytes(SMALL, 2))
+    second.close()
+    for call in (lambda one: one.write(0, some_bytes(SMALL)), lambda one: one.flush()):
+        restarted = again(first)
+        failing(errno.EBUSY, call, restarted)
+        restarted.close()
+    assert np.array_equal(read(first, 0, SMALL), some_bytes(SMALL, 2))
 
 
 def test_a_writer_that_died_is_waited_for(server, opened, writer):

@@ -90,7 +90,8 @@ def find_interpreters() -> list[Interpreter]:
 
 
 def prepare_machine() -> None:
-    """Compiler, headers, venv, and a Redis for the tests: from Debian's packages where we may install them, else a clear word about them."""
+    """Compiler, headers, venv, a Redis for the tests: from Debian's packages where we may install them, else a clear
+    word about them."""
     missing = []
     if not shutil.which("gcc") and not shutil.which("cc"):
         missing.append(("a C compiler", "gcc libc6-dev"))

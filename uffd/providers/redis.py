@@ -30,6 +30,7 @@ __all__ = ["Redis"]
 
 _DURABLE = ("ack", "wait", "aof")
 _BATCH_BYTES = 8 << 20                           # of one pipeline
+_INDEX_PART_BYTES = 2 << 10                      # of an index, up to which its head is read along with the rest
 _WRITE_TRIES = 8                                 # of a block that another host of the same session writes, too
 
 Piece = tuple[int, int, np.ndarray]              # block, where in it, and the part of the caller's buffer
@@ -57,7 +58,7 @@ class Redis(Provider):
     failure.
     """
 
-    concurrency = 8
+    concurrency = 4                              # more wait for each other; requests that wait come as one batch
 
     def __init__(self, url: str, namespace: str, *, create: bool = True, delete: bool = False, durable: str = "ack",
                  nbytes: int | None = None, block_bytes: int | None = None, replicas: int = 1, lease_s: float = 10.0,
@@ -128,6 +129,7 @@ class Redis(Provider):
         live, self._live = self._live, None
         if live is None:
             return
+        self._session_id = secrets.token_hex(8)  # opened again, it is another session
         try:
             if self.delete and self._may_delete(live):
                 store.remove_known(live.server, self._space)
@@ -194,18 +196,23 @@ class Redis(Provider):
         asked = []
         for pieces in runs.values():
             blocks = sorted({block for block, _, _ in pieces})
-            group, index = layout.group_of(blocks[0]), keys.index(layout.group_of(blocks[0]))
+            group = layout.group_of(blocks[0])
+            index = keys.index(group)
             first, last = (INDEX_HEAD_BYTES + 8 * layout.place_of(block) for block in (blocks[0], blocks[-1]))
-            commands += [(index, ("GETRANGE", index, 0, INDEX_HEAD_BYTES - 1)),
-                         (index, ("GETRANGE", index, first, last + 7)),
-                         (index, ("MGET", *map(keys.block, blocks)))]
-            asked.append((group, live.writes[group], blocks, pieces))
+            if last < _INDEX_PART_BYTES:         # one command for both
+                commands.append((index, ("GETRANGE", index, 0, last + 7)))
+            else:
+                commands += [(index, ("GETRANGE", index, 0, INDEX_HEAD_BYTES - 1)),
+                             (index, ("GETRANGE", index, first, last + 7))]
+            commands.append((index, ("MGET", *map(keys.block, blocks))))
+            asked.append((group, live.writes[group], first, last, blocks, pieces))
         replies = iter(live.server.run(commands, deadline))
-        for (group, writes, blocks, pieces), head, entries, values in zip(asked, replies, replies, replies):
+        for group, writes, first, last, blocks, pieces in asked:
+            head = next(replies)
             self._check_group(live, group, blocks[0], head, writes)
-            versions = layout.versions_of(entries)
+            versions = layout.versions_of(head[first:] if last < _INDEX_PART_BYTES else next(replies))
             found = {block: self._checked(live, block, value, versions[at] if at < len(versions) else 0)
-                     for block, value in zip(blocks, values, strict=True)
+                     for block, value in zip(blocks, next(replies), strict=True)
                      for at in (block - blocks[0],)}
             for block, begin, part in pieces:
                 _give(part, begin, found[block])
@@ -385,8 +392,10 @@ class Redis(Provider):
         OSError if it is not. Waits for timeout_s at most."""
         live = self._opened()
         deadline = live.server.deadline()
-        if not live.lease.fence:                 # nothing was written
-            return
+        if not live.lease.fence:
+            if not live.lease.was_ours(deadline):            # nothing was written
+                return
+            live.keep_dirty(set(range(GROUPS)))  # by a host that died, it may be
         live.lease.ensure(deadline)
         live.lease.check(deadline)
         groups = live.take_dirty()

@@ -2,6 +2,7 @@
 
     uffd:{NAME}:head        hash: generation, block_bytes, nbytes, state, fence (of the last writer), owner (its token)
     uffd:{NAME}:lease       the writer's token, for as long as it renews it
+    uffd:{NAME}:writers     the last 4,096 sessions that had it, by fence: who lost it does not get it again
     uffd:{NAME/g}:index     of group g: its head (40 bytes), then 8 bytes for each block: the version last acknowledged
     uffd:{NAME/g}:b         block b, of group g: 56 bytes of head, then its bytes
     uffd:{NAME/lN}:ledger   clusters only: hash of group: how many writes were acknowledged; two, on different shards
@@ -12,11 +13,11 @@ the next run to the next of the 256 groups. A block and its version in the index
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,15 +69,19 @@ class Keys:
 
     namespace: str
 
-    @cached_property
+    @functools.cached_property
     def head(self) -> str:
         return f"uffd:{{{self.namespace}}}:head"
 
-    @cached_property
+    @functools.cached_property
     def lease(self) -> str:
         return f"uffd:{{{self.namespace}}}:lease"
 
-    @cached_property
+    @functools.cached_property
+    def writers(self) -> str:
+        return f"uffd:{{{self.namespace}}}:writers"
+
+    @functools.cached_property
     def _tags(self) -> list[str]:
         return [f"uffd:{{{self.namespace}/{group}}}:" for group in range(GROUPS)]
 
@@ -86,7 +91,7 @@ class Keys:
     def block(self, block: int) -> str:
         return f"{self._tags[group_of(block)]}{block}"
 
-    @cached_property
+    @functools.cached_property
     def ledgers(self) -> tuple[str, str]:
         """Two, half of all slots apart: where shards own ranges of slots, on two of them."""
         from redis.crc import key_slot
@@ -100,6 +105,12 @@ class Keys:
     def pattern(self) -> str:
         """Of SCAN: all keys of the namespace, and of no other."""
         return f"uffd:{{{self.namespace}[}}/]*"
+
+
+@functools.lru_cache(64)
+def keys_of(namespace: str) -> Keys:
+    """The same object each time: its keys are made once."""
+    return Keys(namespace)
 
 
 HEADS_PATTERN = "uffd:{*}:head"
@@ -219,8 +230,8 @@ if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SET', KEYS[1], ARGV[1] ..
 return redis.call('GETRANGE', KEYS[1], 0, 39)
 """
 
-# KEYS: head, lease. ARGV: token, milliseconds, generation, the fence that we have (0: none), fence to be above of.
-# Both the first time and to renew. A lease that ran out is taken up again if nobody had it since.
+# KEYS: head, lease, writers. ARGV: token, milliseconds, generation, the fence that we have (0: none), fence to be above
+# of, owner. Both the first time and to renew. A lease that ran out is taken up again if nobody had it since.
 ACQUIRE = """
 if redis.call('HGET', KEYS[1], 'generation') ~= ARGV[3] then return {'LOST', 0} end
 local state = redis.call('HGET', KEYS[1], 'state')
@@ -230,13 +241,24 @@ if holder and holder ~= ARGV[1] then return {'HELD', redis.call('PTTL', KEYS[2])
 local fence, owner = tonumber(redis.call('HGET', KEYS[1], 'fence')), redis.call('HGET', KEYS[1], 'owner')
 local had = tonumber(ARGV[4])
 if had > 0 and (owner ~= ARGV[1] or fence < had) then return {'TAKEN', fence, owner} end
+if owner ~= ARGV[1] and redis.call('ZSCORE', KEYS[3], ARGV[6]) then return {'TAKEN', fence, owner} end
 local word = 'SAME'
 if owner ~= ARGV[1] or fence <= tonumber(ARGV[5]) then
   word, fence = 'NEW', math.max(fence, tonumber(ARGV[5])) + 1
   redis.call('HSET', KEYS[1], 'fence', string.format('%.0f', fence), 'owner', ARGV[1])
+  redis.call('ZADD', KEYS[3], fence, ARGV[6])
+  redis.call('ZREMRANGEBYRANK', KEYS[3], 0, -4097)
 end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
 return {word, fence}
+"""
+
+# KEYS: head, writers. ARGV: token, owner. Whether this session wrote before: in another host, or in one that died.
+HAD_IT = """
+local owner = redis.call('HGET', KEYS[1], 'owner')
+if owner == ARGV[1] then return {'SAME', 0} end
+if redis.call('ZSCORE', KEYS[2], ARGV[2]) then return {'TAKEN', 0, owner or 'nobody'} end
+return {'NO', 0}
 """
 
 # KEYS: lease. ARGV: token.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import socket
 import threading
 import time
@@ -72,6 +71,16 @@ class Lease:
             if not self.fence:
                 self._take(deadline)
 
+    def was_ours(self, deadline: float) -> bool:
+        """Whether this session wrote before this object was made: in another host, or in one that died. OSError if it
+        did, and another one had the lease since."""
+        keys = self._space.keys
+        command = layout.evaluated(layout.HAD_IT, [keys.head, keys.writers], self._token, self.owner)
+        ((word, _, *who),) = self._server.run([(keys.head, command)], deadline)
+        if word == b"TAKEN":
+            raise self._taken(who[0].decode(errors="replace"))
+        return word == b"SAME"
+
     def lose(self, number: int, how: str) -> OSError:
         """It is another's, or nobody's; the error to raise. Nothing is written from here on."""
         self._lost = self._lost or (number, how)
@@ -113,16 +122,16 @@ class Lease:
         keys, had = self._space.keys, self.fence
         least_left_ms: int | None = None
         while True:
-            command = layout.evaluated(layout.ACQUIRE, [keys.head, keys.lease], self._token,
-                                       max(1, int(self._lease_s * 1e3)), f"{self._space.generation:016x}", had, above)
+            command = layout.evaluated(layout.ACQUIRE, [keys.head, keys.lease, keys.writers], self._token,
+                                       max(1, int(self._lease_s * 1e3)), f"{self._space.generation:016x}", had, above,
+                                       self.owner)
             ((word, number, *who),) = self._server.run([(keys.head, command)], deadline)
             holder = who[0].decode(errors="replace") if who else ""
             match word:
                 case b"NEW" | b"SAME":
                     return word.decode(), number
                 case b"TAKEN":
-                    raise self.lose(errno.EBUSY, f"{holder} has written to it since: this session was stopped or cut "
-                                    f"off for longer than its lease of {self._lease_s:g} s")
+                    raise self._taken(holder)
                 case b"HELD":
                     if had:
                         raise self.lose(errno.EBUSY, f"{holder} writes to it now: this session was stopped or cut off "
@@ -137,6 +146,10 @@ class Lease:
                 case _:
                     raise self.lose(errno.ENODATA, "its head is gone, or of another generation: it was removed, or "
                                     "the server started again without its data")
+
+    def _taken(self, holder: str) -> OSError:
+        return self.lose(errno.EBUSY, f"{holder} had it since: this session was stopped or cut off for longer than its "
+                         f"lease of {self._lease_s:g} s, and its writes are refused. Open it anew, and read again")
 
     def _wait_for_holder(self, holder: str, left_ms: int, deadline: float) -> None:
         """A holder that lives renews its lease, and more is left of it then; one that died lets it run out."""

@@ -22,9 +22,10 @@ __all__ = ["Server"]
 
 Command = tuple[str, tuple[Any, ...]]            # a key that says which shard, and the command with its arguments
 SCHEMES = ("redis://", "rediss://", "unix://")
-RIGHTS = "~uffd:* +@read +@write +@scripting +@connection +info +scan +wait +waitaof +cluster"
+RIGHTS = "~uffd:* +@read +@write +@scripting +@connection +info +cluster +command"
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.005, 0.5
 _SOCKET_TIMEOUT_MAX_S = 5.0
+_SOCKET_READ_BYTES = 256 << 10                   # blocks come in fewer pieces, each of which takes the interpreter lock
 
 
 def require_redis() -> Any:
@@ -103,7 +104,8 @@ class Server:
         from redis.retry import Retry
 
         return {"socket_timeout": self.socket_timeout_s, "socket_connect_timeout": self.socket_timeout_s,
-                "client_name": self._client_name, "protocol": 2, "retry": Retry(NoBackoff(), 0)}
+                "socket_read_size": _SOCKET_READ_BYTES, "client_name": self._client_name, "protocol": 2,
+                "retry": Retry(NoBackoff(), 0)}
 
     def _open_cluster(self) -> Any:
         return self._redis.RedisCluster.from_url(self.url, **self._options())
@@ -195,10 +197,8 @@ class Server:
         except self._passing as error:
             failed.update(dict.fromkeys(numbers, error))
             return
-        for number, answer in zip(numbers, answers, strict=True):
-            if isinstance(answer, self._redis.exceptions.AskError) and not isinstance(
-                    answer, self._redis.exceptions.MovedError):
-                answer = self._asked(answer, commands[number][1])
+        for number, given in zip(numbers, answers, strict=True):
+            answer = self._asked(given, commands[number][1])
             if isinstance(answer, self._passing) and not isinstance(answer, self._refusals):
                 failed[number] = answer
             elif isinstance(answer, Exception):
@@ -223,7 +223,10 @@ class Server:
         return answers
 
     def _asked(self, ask: Any, command: tuple[Any, ...]) -> Any:
-        """The slot is on its way to another shard, which has this key already."""
+        """The answer; if that is ASK, the slot is on its way to another shard, which has this key already."""
+        exceptions = self._redis.exceptions
+        if not isinstance(ask, exceptions.AskError) or isinstance(ask, exceptions.MovedError):
+            return ask
         node = self._cluster.get_node(ask.host, ask.port)
         if node is None:
             return ask
@@ -274,27 +277,32 @@ class Server:
     # ---- errors ----
 
     def _named(self, error: Exception, what: str, tries: int) -> OSError:
-        exceptions = self._redis.exceptions
-        text = str(error)
+        number, text = self._in_words(error)
         times = f" ({tries} tries in {self.timeout_s:g} s)" if tries > 1 else ""
+        return OSError(number, f"{what}{times}: {text}", self.place)
+
+    def _in_words(self, error: Exception) -> tuple[int, str]:
+        """(errno, what it was and what to do)."""
+        exceptions, text, number, cure = self._redis.exceptions, f"{error}".rstrip("."), errno.EIO, ""
         if isinstance(error, self._refusals) or "user executing the script can't" in text:
-            return OSError(errno.EACCES, f"{what}: the server refuses: {text}. The URL must name a user and password "
-                           f"that may do what is needed: ACL SETUSER name on >password {RIGHTS}", self.place)
-        if isinstance(error, exceptions.ReadOnlyError):
-            return OSError(errno.EROFS, f"{what}: the server is a replica{times}: {text}. Give the master's address",
-                           self.place)
-        if isinstance(error, exceptions.OutOfMemoryError) or text.startswith("OOM"):
-            return OSError(errno.ENOSPC, f"{what}: the server is at its maxmemory: {text}. Raise it, add shards, or "
-                           "remove namespaces (uffd store rm)", self.place)
-        if isinstance(error, (exceptions.TimeoutError, TimeoutError)):
-            return OSError(errno.ETIMEDOUT, f"{what}: no answer{times}: {text}. Is the server stopped, cut off, or too "
-                           "busy?", self.place)
-        if isinstance(error, exceptions.ConnectionError):
-            number = getattr(error.__cause__ or error.__context__, "errno", None)
-            return OSError(number if isinstance(number, int) and number > 0 else errno.ECONNREFUSED,
-                           f"{what}: no connection{times}: {text}. Is the server up, and the URL right?", self.place)
-        if isinstance(error, self._passing):
-            return OSError(errno.EHOSTDOWN, f"{what}: the cluster does not serve all its slots{times}: "
-                           f"{type(error).__name__}: {text}. See CLUSTER INFO; a shard without a master needs one",
-                           self.place)
-        return OSError(errno.EIO, f"{what}: {type(error).__name__}: {text}", self.place)
+            number, text = errno.EACCES, f"the server refuses: {text}"
+            cure = ("The URL must name a user and password that may do what is needed: ACL SETUSER name on >password "
+                    f"{RIGHTS}")
+        elif isinstance(error, exceptions.ReadOnlyError):
+            number, text, cure = errno.EROFS, f"the server is a replica: {text}", "Give the master's address"
+        elif isinstance(error, exceptions.OutOfMemoryError) or text.startswith("OOM"):
+            number, text = errno.ENOSPC, f"the server is at its maxmemory: {text}"
+            cure = "Raise it, add shards, or remove namespaces (uffd store rm)"
+        elif isinstance(error, (exceptions.TimeoutError, TimeoutError)):
+            number, text = errno.ETIMEDOUT, f"no answer: {text}"
+            cure = "Is the server stopped, cut off, or too busy?"
+        elif isinstance(error, exceptions.ConnectionError):
+            cause = getattr(error.__cause__ or error.__context__, "errno", None)
+            number = cause if isinstance(cause, int) and cause > 0 else errno.ECONNREFUSED
+            text, cure = f"no connection: {text}", "Is the server up, and the URL right?"
+        elif isinstance(error, self._passing):
+            number, text = errno.EHOSTDOWN, f"the cluster does not serve all its slots: {text or type(error).__name__}"
+            cure = "See CLUSTER INFO; a shard without a master needs one"
+        else:
+            text = f"{type(error).__name__}: {text}"
+        return number, f"{text}. {cure}".rstrip(". ")

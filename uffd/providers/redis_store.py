@@ -35,7 +35,7 @@ class Namespace:
 
     @property
     def keys(self) -> Keys:
-        return Keys(self.name)
+        return layout.keys_of(self.name)
 
 
 def problem(server: Server, namespace: str, number: int, text: str) -> OSError:
@@ -49,7 +49,7 @@ def _from_fields(name: str, fields: dict[str, str], *, is_new: bool = False) -> 
 
 def looked_up(server: Server, name: str) -> Namespace | None:
     """The namespace, or None."""
-    keys = Keys(name)
+    keys = layout.keys_of(name)
     (flat,) = server.run([(keys.head, ("HGETALL", keys.head))])
     fields = {key.decode(): value.decode() for key, value in (
         flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True))}
@@ -84,7 +84,7 @@ def found(server: Server, name: str, *, create: bool, block_bytes: int | None, n
 
 def _made(server: Server, name: str, block_bytes: int, nbytes: int | None) -> Namespace:
     generation = secrets.randbits(63) | 1
-    keys = Keys(name)
+    keys = layout.keys_of(name)
     (flat,) = server.run([(keys.head, layout.evaluated(layout.CREATE, [keys.head], f"{generation:016x}", block_bytes,
                                                        "" if nbytes is None else nbytes))])
     space = _from_fields(name, layout.in_pairs(flat))
@@ -195,7 +195,7 @@ def _row(server: Server, name: str) -> dict[str, Any] | None:
 def removed(server: Server, name: str, *, force: bool = False) -> int:
     """Removes a namespace, whatever is left of it; how many keys it had. OSError while somebody writes to it, unless
     `force`."""
-    keys = Keys(layout.checked_name(name))
+    keys = layout.keys_of(layout.checked_name(name))
     (writer,) = server.run([(keys.lease, ("GET", keys.lease))])
     if writer and not force:
         raise problem(server, name, errno.EBUSY, f"{writer.decode(errors='replace')} writes to it; end that program, "
@@ -223,5 +223,5 @@ def remove_known(server: Server, space: Namespace) -> int:
         names = [keys.index(group), *blocks]
         for at in range(0, len(names), _REMOVE_AT_ONCE):
             count += sum(server.run([(name, ("UNLINK", name)) for name in names[at:at + _REMOVE_AT_ONCE]]))
-    rest = [*keys.ledgers, keys.lease, keys.head] if server.is_cluster else [keys.lease, keys.head]
+    rest = [*(keys.ledgers if server.is_cluster else ()), keys.writers, keys.lease, keys.head]
     return count + sum(server.run([(key, ("UNLINK", key)) for key in rest]))
