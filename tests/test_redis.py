@@ -5,7 +5,9 @@ Method: the provider's own methods, called in this process, and the test's own h
 back as they were, spoiled. What needs a second process has one.
 """
 
+import contextlib
 import errno
+import io
 import json
 import os
 import pickle
@@ -714,8 +716,12 @@ def test_without_delete_it_stays(server, opened):
 
 
 def uffd_command(*words):
-    return subprocess.run([sys.executable, "-P", "-m", "uffd", *words], capture_output=True, text=True, timeout=60,
-                          check=False)
+    """What the command `uffd` does, here: returncode, stdout, stderr."""
+    from uffd.__main__ import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = main(list(words))
+    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
 def test_store_ls_and_rm(server, opened):
@@ -784,6 +790,40 @@ def test_a_connection_cut_at_each_byte(server, opened):
             assert int.from_bytes(after, "little") == int.from_bytes(before, "little") + 1, (up, down)
             assert np.array_equal(read(provider, 0, SMALL), data), (up, down)
         assert proxy.connections > len(cuts)
+        provider.close()
+
+
+def test_a_read_cut_at_each_byte(server, opened):
+    """Of two blocks, one of them never written, into buffers that held something else."""
+    data = some_bytes(SMALL)
+    with redisserver.Proxy(server.port) as proxy:
+        provider = opened(proxy.url, timeout_s=5.0)
+        provider.write(SMALL, data)
+        for down in [*range(1, 130), *range(130, 800, 37)]:
+            provider._live.server._single.connection_pool.disconnect()
+            proxy.upto(None, down)
+            assert np.array_equal(read(provider, 0, 2 * SMALL), np.concatenate([np.zeros(SMALL, np.uint8), data])), down
+        provider.close()
+
+
+def test_both_ways_of_a_read_are_taken(server, opened, monkeypatch):
+    """Whole blocks come straight from the socket; parts, and what went wrong there, by redis-py."""
+    provider, others = opened(server.url), []
+    provider.write(0, some_bytes(20 * SMALL))
+    straight = provider._read_straight
+
+    def noting(live, runs):
+        left = straight(live, runs)
+        others.extend(left)
+        return left
+    monkeypatch.setattr(provider, "_read_straight", noting)
+    assert np.array_equal(read(provider, 0, 20 * SMALL), some_bytes(20 * SMALL))
+    assert others == []
+    assert np.array_equal(read(provider, 5, 20), some_bytes(20 * SMALL)[5:25])
+    assert len(others) == 1
+    provider.write(20 * SMALL, some_bytes(7))                # a short value: zeros behind it
+    assert np.array_equal(read(provider, 20 * SMALL, SMALL), np.append(some_bytes(7), np.zeros(SMALL - 7, np.uint8)))
+    assert len(others) == 1
 
 
 def test_answers_that_come_twice(server, opened):
@@ -797,6 +837,7 @@ def test_answers_that_come_twice(server, opened):
                 assert not read(provider, 7 * 16 * SMALL, SMALL).any()       # of another group, never written
             provider.write(0, some_bytes(SMALL, number))
             assert np.array_equal(read(provider, 0, SMALL), some_bytes(SMALL, number))
+        provider.close()
 
 
 # ---- regions

@@ -7,11 +7,12 @@ given only if they are the last acknowledged ones, by generation, version and ch
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,10 @@ import numpy as np
 from . import redis_layout as layout
 from . import redis_store as store
 from .hosted import Provider, in_host
-from .redis_layout import GROUPS, INDEX_HEAD_BYTES, RUN_BLOCKS, Damaged, GroupHead
+from .redis_layout import GROUPS, INDEX_HEAD_BYTES, RUN_BLOCKS, VALUE_HEAD_BYTES, Damaged, GroupHead
 from .redis_lease import Lease, process_identity
 from .redis_server import Command, Server
+from .redis_wire import Answers, Unexpected
 from .urls import shown
 
 __all__ = ["Redis"]
@@ -189,33 +191,81 @@ class Redis(Provider):
                 yield block, begin, buffer[at:at + count]
                 at += count
 
-    def _read_runs(self, live: _Live, runs: dict[int, list[Piece]], deadline: float) -> None:
+    def _read_runs(self, live: _Live, runs: Mapping[int, list[Piece]], deadline: float) -> None:
         """For each run: the head of its index, the versions, and then the values, which are as new or newer."""
-        keys = self._space.keys
-        commands: list[Command] = []
-        asked = []
-        for pieces in runs.values():
-            blocks = sorted({block for block, _, _ in pieces})
-            group = layout.group_of(blocks[0])
-            index = keys.index(group)
-            first, last = (INDEX_HEAD_BYTES + 8 * layout.place_of(block) for block in (blocks[0], blocks[-1]))
-            if last < _INDEX_PART_BYTES:         # one command for both
-                commands.append((index, ("GETRANGE", index, 0, last + 7)))
-            else:
-                commands += [(index, ("GETRANGE", index, 0, INDEX_HEAD_BYTES - 1)),
-                             (index, ("GETRANGE", index, first, last + 7))]
-            commands.append((index, ("MGET", *map(keys.block, blocks))))
-            asked.append((group, live.writes[group], first, last, blocks, pieces))
-        replies = iter(live.server.run(commands, deadline))
-        for group, writes, first, last, blocks, pieces in asked:
-            head = next(replies)
-            self._check_group(live, group, blocks[0], head, writes)
-            versions = layout.versions_of(head[first:] if last < _INDEX_PART_BYTES else next(replies))
-            found = {block: self._checked(live, block, value, versions[at] if at < len(versions) else 0)
-                     for block, value in zip(blocks, next(replies), strict=True)
-                     for at in (block - blocks[0],)}
-            for block, begin, part in pieces:
+        asked = [self._asked(live, pieces) for pieces in runs.values()]
+        asked = self._read_straight(live, asked)
+        replies = iter(live.server.run([(run.index, command) for run in asked for command in run.commands], deadline))
+        for run in asked:
+            versions = self._versions(live, run, [next(replies) for _ in run.commands[1:]])
+            values = zip(run.blocks, next(replies), versions, strict=True)
+            found = {block: self._checked(live, block, value, version) for block, value, version in values}
+            for block, begin, part in run.pieces:
                 _give(part, begin, found[block])
+
+    def _asked(self, live: _Live, pieces: list[Piece]) -> _Run:
+        """What is to be asked for a run."""
+        keys = self._space.keys
+        pieces = sorted(pieces, key=operator.itemgetter(0))
+        blocks = sorted({block for block, _, _ in pieces})
+        group = layout.group_of(blocks[0])
+        index = keys.index(group)
+        first, last = (INDEX_HEAD_BYTES + 8 * layout.place_of(block) for block in (blocks[0], blocks[-1]))
+        ranges = [(0, last + 7)] if last < _INDEX_PART_BYTES else [(0, INDEX_HEAD_BYTES - 1), (first, last + 7)]
+        commands = [*(("GETRANGE", index, *ends) for ends in ranges), ("MGET", *map(keys.block, blocks))]
+        return _Run(group, index, live.writes[group], first, blocks, pieces, commands)
+
+    def _versions(self, live: _Live, run: _Run, parts: Sequence[bytes]) -> list[int]:
+        """The versions of a run's blocks, from what was read of its index, which is checked."""
+        self._check_group(live, run.group, run.blocks[0], parts[0], run.writes)
+        entries = layout.versions_of(parts[0][run.first:] if len(parts) == 1 else parts[1])
+        places = [block - run.blocks[0] for block in run.blocks]
+        return [int(entries[at]) if at < len(entries) else 0 for at in places]
+
+    # ---- the common way of a read: whole blocks, from the socket into the caller's buffers ----
+
+    def _read_straight(self, live: _Live, runs: Sequence[_Run]) -> list[_Run]:
+        """Reads what can be read that way. What is left: what can't, and all that did not go as it should, to be read
+        again in the way that finds out why."""
+        left = [run for run in runs if not self._is_straight(run)]
+        by_node: dict[Any, list[_Run]] = defaultdict(list)
+        try:
+            for run in runs:
+                if self._is_straight(run):
+                    by_node[live.server.node_of(run.index)].append(run)
+        except live.server.failures:             # no shard has the slot now
+            return list(runs)
+        for node, some in by_node.items():
+            try:
+                with live.server.answers(node, [command for run in some for command in run.commands]) as answers:
+                    for run in some:
+                        self._take_run(live, run, answers)
+            except (Damaged, *live.server.failures):
+                left += some
+        return left
+
+    def _is_straight(self, run: _Run) -> bool:
+        return len(run.pieces) == len(run.blocks) and all(part.nbytes == self.block_bytes for _, _, part in run.pieces)
+
+    def _take_run(self, live: _Live, run: _Run, answers: Answers) -> None:
+        versions = self._versions(live, run, [answers.bulk() for _ in run.commands[1:]])
+        if answers.length(b"*") != len(run.blocks):
+            raise Unexpected("another number of values")
+        for (block, _, part), version in zip(run.pieces, versions, strict=True):
+            count = answers.length(b"$")
+            if count < 0:
+                self._checked(live, block, None, version)
+                part[:] = 0
+                continue
+            head = answers.exactly(VALUE_HEAD_BYTES)
+            data = part[:count - VALUE_HEAD_BYTES]
+            if not 0 <= count - VALUE_HEAD_BYTES <= len(part):
+                raise Unexpected("a value longer than a block, or shorter than its head")
+            answers.into(data)
+            answers.end_of_bulk()
+            if live.values.checked(head, data, block) < version:
+                raise Damaged("out of date")
+            part[len(data):] = 0
 
     def _check_group(self, live: _Live, group: int, block: int, data: bytes, writes: int) -> None:
         """What is there of the group is what was made, and not older than what this session has seen."""
@@ -426,6 +476,19 @@ class Redis(Provider):
                 raise store.problem(live.server, self.namespace, errno.ETIMEDOUT, f'durable="{self.durable}": {what} '
                                     f"what was written to {address}, after {wait_ms} ms. See INFO "
                                     f"{'replication' if self.durable == 'wait' else 'persistence'} there; flush again")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring blocks of one group that are read together."""
+
+    group: int
+    index: str
+    writes: int                                  # that the group had, before it was asked
+    first: int                                   # where in the index the first block's version is
+    blocks: list[int]
+    pieces: list[Piece]                          # by block
+    commands: list[tuple[Any, ...]]              # one or two of the index, one of the values
 
 
 @dataclass

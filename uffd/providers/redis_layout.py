@@ -152,7 +152,12 @@ class Values:
         """(version, bytes, as a view of the value); Damaged if it is not that block."""
         if len(value) < VALUE_HEAD_BYTES:
             raise Damaged(f"a value of {len(value)} bytes is no block of ours")
-        magic, form, head_bytes, generation, number, version, _, length, _, checksum = _VALUE_HEAD.unpack_from(value)
+        data = np.frombuffer(value, np.uint8, offset=VALUE_HEAD_BYTES)
+        return self.checked(value[:VALUE_HEAD_BYTES], data, block), data
+
+    def checked(self, head: bytes, data: np.ndarray, block: int) -> int:
+        """The version of a value, by its head and what follows it; Damaged if it is not that block."""
+        magic, form, head_bytes, generation, number, version, _, length, _, checksum = _VALUE_HEAD.unpack(head)
         if magic != _MAGIC or head_bytes != VALUE_HEAD_BYTES:
             raise Damaged("the value is no block of ours: something else wrote to that key")
         if form != FORMAT:
@@ -160,14 +165,11 @@ class Values:
         if generation != self._generation:
             raise Damaged(f"the value is of generation {generation:016x} of the namespace, not of "
                           f"{self._generation:016x}")
-        if number != block or length != len(value) - VALUE_HEAD_BYTES:
-            raise Damaged(f"the value says that it is block {number} of {length} bytes, and has "
-                          f"{len(value) - VALUE_HEAD_BYTES}")
-        data = np.frombuffer(value, np.uint8, length, VALUE_HEAD_BYTES)
-        seed = self._digest(value[:VALUE_HEAD_BYTES - 8] + bytes(8))
-        if self._digest(data, seed) != checksum:
+        if number != block or length != data.nbytes:
+            raise Damaged(f"the value says that it is block {number} of {length} bytes, and has {data.nbytes}")
+        if self._digest(data, self._digest(head[:-8] + bytes(8))) != checksum:
             raise Damaged("the checksum is wrong")
-        return version, data
+        return version
 
 
 @dataclass(frozen=True, slots=True)

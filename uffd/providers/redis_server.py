@@ -14,8 +14,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from .redis_wire import Answers, Unexpected, asked
 from .urls import shown
 
 __all__ = ["Server"]
@@ -221,6 +223,21 @@ class Server:
             raise self._redis.ConnectionError("the answers are out of step with what was asked; is something between "
                                               "here and the server that doubles or drops them?")
         return answers
+
+    @contextmanager
+    def answers(self, node: Any, commands: Sequence[tuple[Any, ...]]) -> Iterator[Answers]:
+        """The answers to commands of one shard, to be taken from its socket; once, without a second try. Raises
+        Unexpected, OSError or RedisError, also where all was taken and turns out to be out of step."""
+        mark = f"uffd {next(self._marks)}".encode()
+        with asked(self._client(node), [*commands, ("ECHO", mark)]) as answers:
+            yield answers
+            if answers.bulk() != mark:
+                raise Unexpected("out of step")
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What `answers` may raise."""
+        return Unexpected, OSError, self._redis.RedisError, self._redis.exceptions.RedisClusterException
 
     def _asked(self, ask: Any, command: tuple[Any, ...]) -> Any:
         """The answer; if that is ASK, the slot is on its way to another shard, which has this key already."""
