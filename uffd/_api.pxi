@@ -132,8 +132,9 @@ cdef class Engine:
             with nogil:
                 engine_stop(self.e)
 
-    def set_hosts(self, uint32_t n, list argv, list envp, bint debug):
-        """Up to n provider hosts, started as argv with its last two items replaced. Once per engine."""
+    def set_hosts(self, uint32_t n, list argv, list envp, bint debug, uint64_t start_ns):
+        """Up to n provider hosts, started as argv with its last two items replaced; each is ready after start_ns, or
+        stopped. Once per engine."""
         cdef Hosts_t *all
         cdef int err
         if self.e == NULL or self.e.hosts != NULL:
@@ -145,6 +146,7 @@ cdef class Engine:
             raise MemoryError("no memory for provider hosts")
         all.n = n
         all.debug = debug
+        all.start_ns = start_ns
         err = _copy_strings(all, argv, envp)
         if err == 0:
             err = hosts_make(self.e, all)
@@ -218,7 +220,8 @@ cdef class Engine:
         finally:
             if c != NULL and err == 1:      # interrupted: the answer is waited for without us
                 c.carrier.count = deadline - now_ns() if deadline > now_ns() else 0
-                carrier_pass(c, NULL, T_DRAIN)
+                with nogil:
+                    carrier_pass(c, NULL, T_DRAIN)
             elif c != NULL:
                 carrier_return(c)
             u32_sub(&e.carriers, 1)

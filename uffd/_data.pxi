@@ -368,6 +368,7 @@ cdef struct Engine_t:
     uint32_t placing
     Hosts_t *hosts              # NULL until the first hosted provider
     Session_t *sessions         # under registry_lock
+    Session_t *sessions_ended   # of which hosts are to hear yet; the same
     uint32_t carrier_waiters    # who waits for one
     uint32_t carrier_turn       # futex: changes whenever a request is free again
     uint32_t carriers           # their threads, and those of offers; futex

@@ -14,6 +14,7 @@ cdef enum:
     SHARE = 24                              # requests of one host that one region may have
     SPARE = 8                               # requests kept for touches: work that nobody waits for leaves them alone
     WRITES = 8                              # of one host at once, so that touches find others
+    THREAD_TRIES = 3                        # for a carrier's thread
     NO_BLOCK = -1                           # the block under which the text of a failed flush is noted
     T_RUN = 1                               # what a carrier's thread is to do: end the run that was posted,
     T_PIECE = 2                             # fill a piece of read-ahead,
@@ -40,6 +41,7 @@ cdef struct Carrier:
     uint64_t posted_offset                  # what was posted, and not waited for yet
     uint64_t posted_bytes                   # 0: nothing
     uint64_t posted_ns
+    uint64_t touched                        # bytes of its buffer that have pages, at the most
     uint32_t lost                           # of OPEN: hosts that died with it
     # what its thread is to do: written before the baton
     Region_t *region
@@ -52,7 +54,8 @@ cdef struct Carrier:
 cdef struct Session_t:                      # a provider of one region: under registry_lock
     Session_t *next
     uint64_t id
-    int pickle_fd
+    int pickle_fd                           # -1 once it has ended
+    uint32_t untold                         # it has ended, and the hosts of these bits are to hear of it yet
     uint64_t block_bytes
     char name[80]
 
@@ -75,8 +78,11 @@ cdef struct Host_t:                         # one process
     int control_fd
     int pid
     int pidfd
+    host_message owed                       # a question that is not answered yet, if `owes`; it asks one at a time
+    bint owes
     uint32_t failures                       # ends in a row without a request taken
     uint64_t again_ns                       # not started before
+    uint64_t begun_ns                       # when the process that runs was started
     int32_t last_status                     # of wait()
 
 cdef struct Hosts_t:                        # what is needed to start hosts; constant
@@ -85,6 +91,7 @@ cdef struct Hosts_t:                        # what is needed to start hosts; con
     char **envp
     char *memory                            # what argv and envp lie in
     bint debug
+    uint64_t start_ns                       # a process that is not ready after that is stopped
     Host_t host[1]
 
 cdef uint64_t session_next = 1              # under registry_lock
@@ -168,10 +175,11 @@ cdef void carrier_return(Slot *c) noexcept nogil:
 
 
 cdef void carrier_pass(Slot *c, Region_t *r, uint32_t task) noexcept nogil:
-    """Hands a carrier to its own thread, with a reference to the region. A thread that can't be had is tried for: a
-    touch waits for it."""
+    """Hands a carrier to its own thread, with a reference to the region. Where the system gives no thread the caller
+    does its work: a touch waits for it."""
     cdef Carrier *k = c.carrier
-    cdef unsigned int tries = 0
+    cdef Engine_t *e = c.engine
+    cdef unsigned int tries
     k.region = r
     if r != NULL:
         u32_add_seq(&r.refs, 1)
@@ -180,44 +188,52 @@ cdef void carrier_pass(Slot *c, Region_t *r, uint32_t task) noexcept nogil:
         futex_wake_all(&k.baton)
         return
     u32_store(&k.threaded, 1)
-    u32_add(&c.engine.carriers, 1)
-    while thread_spawn(&carrier_main, k, b"uffd-carrier", -1) != 0:
+    u32_add(&e.carriers, 1)
+    for tries in range(THREAD_TRIES):
+        if thread_spawn(&carrier_main, k, b"uffd-carrier", -1) == 0:
+            return
         nap(tries)
-        tries += 1
+    u32_store(&k.threaded, 0)               # before it is given back: the next one to borrow it tries again
+    carrier_work(k)
+    u32_sub(&e.carriers, 1)
+    futex_wake_all(&e.carriers)
 
 
 cdef void *carrier_main(void *argument) noexcept nogil:
     """A carrier's thread: ends what a worker has begun in its name."""
     cdef Carrier *k = <Carrier *>argument
     cdef Engine_t *e = k.s.engine
-    cdef Region_t *r
-    cdef uint32_t task
     while True:
-        task = u32_load(&k.baton)
-        if task == 0:
-            if u32_load(&e.stopping):
-                break
-            futex_wait(&k.baton, 0, SECOND_NS)
-            continue
-        r = k.region
-        if task == T_RUN:
-            finish_run(k.s, r)
-        elif task == T_PIECE:
-            fill_piece(k.s, r, &k.piece, READAHEAD)
-        elif task == T_JOB:
-            job_fill(e, k.s, k.job, r, k.first, k.count)
-        elif task == T_WRITE:
-            write_hosted(k.s, r)
+        if u32_load(&k.baton):
+            carrier_work(k)
+        elif u32_load(&e.stopping):
+            break
         else:
-            k.s.deadline_ns = now_ns() + k.count
-            host_answer(k.s, k.count, NULL)
-        u32_store(&k.baton, 0)
-        carrier_return(k.s)
-        if r != NULL:
-            region_release(r)
+            futex_wait(&k.baton, 0, SECOND_NS)
     u32_sub(&e.carriers, 1)
     futex_wake_all(&e.carriers)
     return NULL
+
+
+cdef void carrier_work(Carrier *k) noexcept nogil:
+    """Does what the baton says, and gives the carrier and the region's reference back."""
+    cdef Region_t *r = k.region
+    cdef uint32_t task = u32_load(&k.baton)
+    if task == T_RUN:
+        finish_run(k.s, r)
+    elif task == T_PIECE:
+        fill_piece(k.s, r, &k.piece, READAHEAD)
+    elif task == T_JOB:
+        job_fill(r.engine, k.s, k.job, r, k.first, k.count)
+    elif task == T_WRITE:
+        write_hosted(k.s, r)
+    else:
+        k.s.deadline_ns = now_ns() + k.count
+        host_answer(k.s, k.count, NULL)
+    u32_store(&k.baton, 0)
+    carrier_return(k.s)
+    if r != NULL:
+        region_release(r)
 
 
 # ---- what workers and touchers call -----------------------------------------------------------------------------
@@ -336,6 +352,8 @@ cdef void host_post(Slot *c, uint32_t kind, uint64_t session, uint64_t offset, u
     k.posted_offset = offset
     k.posted_bytes = nbytes
     k.posted_ns = now
+    if nbytes > k.touched and not in_place:
+        k.touched = nbytes
     u32_store(&q.word, (u32_load(&q.word) & ~<uint32_t>REQ_STATE) + REQ_SEQUENCE | REQ_POSTED)
     u64_or(&ch.posted, <uint64_t>1 << k.index)
     u32_add_seq(&ch.doorbell, 1)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Portable", "begin", "command"]
 
+START_S = 30.0                                   # a host that takes no requests by then is stopped, and another started
+
 
 def command() -> tuple[list[bytes], list[bytes]]:
     """argv and environment of a host. The last two arguments stand for its descriptors."""

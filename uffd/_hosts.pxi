@@ -6,6 +6,9 @@
 #
 # A host is started by the keeper, not by Python: the thread that waits for it may hold the interpreter lock.
 
+cdef enum:
+    KEPT_BYTES = RUN_BYTES                  # of each page buffer: what ordinary runs use
+
 # ---- sessions ---------------------------------------------------------------------------------------------------
 
 cdef uint64_t session_begin(Engine_t *e, int pickle_fd, uint64_t block_bytes, const char *name) noexcept nogil:
@@ -27,25 +30,53 @@ cdef uint64_t session_begin(Engine_t *e, int pickle_fd, uint64_t block_bytes, co
 
 
 cdef void session_end(Engine_t *e, uint64_t session) noexcept nogil:
-    """Its hosts are told, as far as they listen. Under registry_lock."""
+    """Its hosts are told; the keeper goes on with those whose socket is full. Under registry_lock."""
     cdef Session_t **at = &e.sessions
     cdef Session_t *one
-    cdef host_message m
     cdef uint32_t i
     while at[0] != NULL and at[0].id != session:
         at = &at[0].next
     one = at[0]
-    if one == NULL:
+    if one == NULL or one.pickle_fd < 0:
         return
-    at[0] = one.next
     close(one.pickle_fd)
-    free(one)
-    memset(&m, 0, sizeof(m))
-    m.session = session
-    m.what = CONTROL_CLOSE
+    one.pickle_fd = -1
     for i in range(e.hosts.n):
         if e.hosts.host[i].control_fd >= 0:
-            host_send(e.hosts.host[i].control_fd, &m, -1)
+            one.untold |= <uint32_t>1 << i
+    at[0] = one.next
+    one.next = e.sessions_ended
+    e.sessions_ended = one
+    if sessions_tell(e) and e.keeper_fd >= 0:
+        eventfd_raise(e.keeper_fd)
+
+
+cdef bint sessions_tell(Engine_t *e) noexcept nogil:
+    """Tells hosts of sessions that ended, as far as their sockets take it. Whether some are left. Under
+    registry_lock."""
+    cdef Session_t **at = &e.sessions_ended
+    cdef Session_t *one
+    cdef host_message m
+    cdef uint32_t full = 0, i
+    memset(&m, 0, sizeof(m))
+    m.what = CONTROL_CLOSE
+    while at[0] != NULL:
+        one = at[0]
+        m.session = one.id
+        for i in range(e.hosts.n):
+            if one.untold & ~full & <uint32_t>1 << i:
+                if e.hosts.host[i].control_fd >= 0 and host_send(e.hosts.host[i].control_fd, &m, -1) == -EAGAIN:
+                    full |= <uint32_t>1 << i
+                else:
+                    one.untold &= ~(<uint32_t>1 << i)       # or it is gone, and its instance with it
+        if one.untold:
+            at = &one.next
+            if full == (<uint32_t>1 << e.hosts.n) - 1:
+                break
+        else:
+            at[0] = one.next
+            free(one)
+    return e.sessions_ended != NULL
 
 
 cdef void control_answer(Host_t *h, host_message *m) noexcept nogil:
@@ -72,21 +103,31 @@ cdef void control_answer(Host_t *h, host_message *m) noexcept nogil:
                 fd = r.memfd
     if fd >= 0:
         m.error = 0
-    host_send(h.control_fd, m, fd)
+    if host_send(h.control_fd, m, fd) == -EAGAIN:
+        h.owed = m[0]                       # its socket is full of closes: answered later
+        h.owes = 1
     pthread_mutex_unlock(&registry_lock)
 
 
 # ---- the keeper's part: hosts begin, end, and are asked ---------------------------------------------------------
 
-cdef bint hosts_look(Engine_t *e) noexcept nogil:
-    """Whether one of them must be looked at again soon."""
+cdef int hosts_look(Engine_t *e, int timeout_ms) noexcept nogil:
+    """When to look at them again, in milliseconds, at most timeout_ms (-1: no need to)."""
     cdef Host_t *h
     cdef uint32_t i
     cdef int status = 0
     cdef bint soon = False
+    if e.sessions_ended != NULL:
+        pthread_mutex_lock(&registry_lock)
+        soon = sessions_tell(e)
+        pthread_mutex_unlock(&registry_lock)
     for i in range(e.hosts.n):
         h = &e.hosts.host[i]
         if h.pid > 0:
+            if h.owes:
+                h.owes = 0
+                control_answer(h, &h.owed)
+            soon = soon or h.owes
             control_read(h)
             if u32_load(&h.kill_generation) == h.channel.generation:
                 host_kill(h.pid, h.pidfd)
@@ -96,6 +137,8 @@ cdef bint hosts_look(Engine_t *e) noexcept nogil:
                 if u32_load_seq(&h.channel.ready) == h.channel.generation:
                     h.failures = 0
                     u32_store(&h.state, HOST_UP)
+                elif now_ns() - h.begun_ns > e.hosts.start_ns and not e.hosts.debug:
+                    host_kill(h.pid, h.pidfd)
             if host_reap(h.pid, &status):
                 host_ended(h, status)
         if h.pid == 0 and u32_load(&h.wanted):
@@ -103,7 +146,35 @@ cdef bint hosts_look(Engine_t *e) noexcept nogil:
             if now_ns() >= h.again_ns:
                 u32_store(&h.wanted, 0)
                 host_begin(h)
-    return soon
+        if buffers_trim(h) and timeout_ms < 0:
+            timeout_ms = TICK_IDLE_MS
+    return TICK_BUSY_MS if soon else timeout_ms
+
+
+cdef bint buffers_trim(Host_t *h) noexcept nogil:
+    """Gives back what page buffers have beyond KEPT_BYTES once they were not used for a while: those of large blocks.
+    Whether some are left for later."""
+    cdef Carrier *k
+    cdef uint64_t bit, bits, now = now_ns()
+    cdef uint32_t i
+    cdef bint left = False
+    for i in range(HOST_REQUESTS):
+        k = &h.carrier[i]
+        bit = <uint64_t>1 << i
+        bits = u64_load(&h.free)
+        if k.touched <= KEPT_BYTES:
+            continue
+        if bits & bit and now > k.posted_ns + SECOND_NS and u64_cas(&h.free, bits, bits & ~bit):
+            if k.touched > KEPT_BYTES and now > k.posted_ns + SECOND_NS:
+                fallocate(h.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                          <int64_t>(host_buffer_at(i) + KEPT_BYTES), <int64_t>(HOST_BUFFER_BYTES - KEPT_BYTES))
+                k.touched = 0
+            k.counted = NULL
+            k.writes = 0
+            carrier_return(k.s)
+        else:
+            left = True
+    return left
 
 
 cdef void control_read(Host_t *h) noexcept nogil:
@@ -154,6 +225,7 @@ cdef void host_begin(Host_t *h) noexcept nogil:
     pthread_mutex_unlock(&registry_lock)
     h.pid = pid
     h.pidfd = sys_pidfd(pid)
+    h.begun_ns = now_ns()
 
 
 cdef void number_text(char *to, int n) noexcept nogil:
@@ -181,6 +253,7 @@ cdef void host_ended(Host_t *h, int status) noexcept nogil:
     cdef uint32_t i, word
     cdef bint ready = u32_load_seq(&ch.ready) == ch.generation
     cdef bint killed = u32_load(&h.kill_generation) == ch.generation
+    cdef bint hung = not ready and now_ns() - h.begun_ns > h.engine.hosts.start_ns and not h.engine.hosts.debug
     pthread_mutex_lock(&registry_lock)
     close(h.control_fd)
     h.control_fd = -1
@@ -188,13 +261,15 @@ cdef void host_ended(Host_t *h, int status) noexcept nogil:
     if h.pidfd >= 0:
         close(h.pidfd)
     h.pidfd = -1
+    h.owes = 0
     h.last_status = status
     u32_store(&h.state, HOST_DOWN)
     u32_store_seq(&ch.sleepers, 0)
     if not u32_load(&h.engine.stopping):
-        say_host(h, b" did not answer in time and was stopped" if killed else b" has ended unasked", 0)
+        say_host(h, b" was not ready in time and was stopped" if hung else
+                 b" did not answer in time and was stopped" if killed else b" has ended unasked", 0)
     h.pid = 0
-    if not ready and status & 127 != SIGKILL:   # killed from outside says nothing about its ability to start
+    if hung or not ready and status & 127 != SIGKILL:   # killed from outside says nothing about its ability to start
         host_failed(h, -ECHILD)
     for i in range(HOST_REQUESTS):
         word = u32_load(&ch.request[i].word)
@@ -328,6 +403,15 @@ cdef void carriers_end(Engine_t *e) noexcept nogil:
                 futex_wake_all(&e.hosts.host[i].carrier[k].baton)
 
 
+cdef void sessions_free(Engine_t *e) noexcept nogil:
+    """Those that no host hears of any more: the hosts are gone."""
+    cdef Session_t *one
+    while e.sessions_ended != NULL:
+        one = e.sessions_ended
+        e.sessions_ended = one.next
+        free(one)
+
+
 cdef void hosts_free(Hosts_t *all) noexcept nogil:
     cdef uint32_t i
     for i in range(all.n):
@@ -346,6 +430,7 @@ cdef int hosts_child(Engine_t *e) noexcept nogil:
     e.carriers = 0
     e.carrier_waiters = 0
     e.jobs_starved = 0
+    sessions_free(e)
     for i in range(e.hosts.n):
         h = &e.hosts.host[i]
         if h.control_fd >= 0:
@@ -370,6 +455,7 @@ cdef int hosts_child(Engine_t *e) noexcept nogil:
             h.carrier[k].baton = 0
             h.carrier[k].threaded = 0
             h.carrier[k].posted_bytes = 0
+            h.carrier[k].touched = 0
         h.memfd = sys_memfd(b"uffd-host")
         if h.memfd < 0 or ftruncate(h.memfd, <int64_t>host_channel_bytes()) != 0:
             return -ENOMEM

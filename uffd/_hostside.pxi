@@ -7,7 +7,7 @@
 # away from it: private memory is put in the place of the shared, so that a late write reaches nobody's array.
 
 cdef enum:
-    HOST_SESSIONS = 1 << 12                 # of one host at a time
+    HOST_SESSIONS = 1 << 6                  # entries that the table of sessions begins with
     HOST_CLOSINGS = 1 << 10                 # sessions closed by the engine that Python has not heard of yet
 
 cdef struct HostSession:
@@ -16,11 +16,25 @@ cdef struct HostSession:
     uint32_t running
     bint read_many
     bint write_many
-    bint closed                             # by the engine; freed when nobody runs
-    char *memory                            # the region's shared pages, once mapped
-    uint64_t memory_bytes
     uint64_t block_bytes
     char name[80]
+
+
+@no_gc_clear
+cdef class HostMapping:
+    """A region's shared pages. Its buffers hold it; it is unmapped with the last one that a provider keeps."""
+    cdef char *start                        # NULL: each buffer has a mapping of its own
+    cdef uint64_t nbytes
+    cdef int fd                             # where it has not; else -1
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __dealloc__(self):
+        if self.start != NULL:
+            munmap(self.start, self.nbytes)
+        if self.fd >= 0:
+            close(self.fd)
 
 
 @no_gc_clear
@@ -32,6 +46,7 @@ cdef class HostBuffer:
     cdef readonly Py_ssize_t exports
     cdef bint to_store                      # it may only be read
     cdef uint64_t canary                    # another for each call: what matches by chance does not match again
+    cdef HostMapping mapping                # that it lies in, or None
     cdef char *window                       # its own: unmapped with the last view
     cdef uint64_t window_bytes
     cdef Py_ssize_t shape[1]
@@ -76,7 +91,10 @@ cdef class HostEnd:
     cdef pthread_mutex_t lock               # sessions; held for a few instructions
     cdef pthread_mutex_t asking             # one question to the engine at a time
     cdef pthread_mutex_t offering           # one offer at a time
-    cdef HostSession *sessions
+    cdef HostSession *sessions              # an open table, by number; under the lock
+    cdef uint32_t session_room              # its entries, a power of two
+    cdef uint32_t session_used              # those that were ever used
+    cdef dict memories                      # session: HostMapping
     cdef char *window[HOST_REQUESTS + 1]
     cdef list buffers
     cdef uint32_t batch[HOST_REQUESTS]      # that a taken request belongs to, by index into these; under the lock
@@ -101,6 +119,8 @@ cdef class HostEnd:
         pthread_mutex_init(&self.asking, NULL)
         pthread_mutex_init(&self.offering, NULL)
         self.buffers = [None] * HOST_REQUESTS
+        self.memories = {}
+        self.session_room = HOST_SESSIONS
         self.sessions = <HostSession *>calloc(HOST_SESSIONS, sizeof(HostSession))
         self.channel = <host_channel *>map_window(channel_fd, 0, host_buffer_at(0))
         if self.channel == NULL or self.sessions == NULL:
@@ -144,7 +164,10 @@ cdef class HostEnd:
         cdef uint64_t end, page
         if q.nbytes > HOST_BUFFER_BYTES:
             raise ValueError(f"a request of {q.nbytes} bytes")
-        b.start = self._memory(q.session, q.offset, q.nbytes) if q.in_place else self.window[slot]
+        if q.in_place:
+            self._in_place(b, q.session, q.offset, q.nbytes)
+        else:
+            b.start = self.window[slot]
         b.nbytes = <Py_ssize_t>q.nbytes
         b.canary = scrambled(now_ns())
         self.buffers[slot] = b
@@ -170,36 +193,36 @@ cdef class HostEnd:
         self.buffers[slot] = b
         return memoryview(b)
 
-    cdef char *_memory(self, uint64_t session, uint64_t offset, uint64_t nbytes) except NULL:
-        """The region's own shared pages."""
-        cdef HostSession *one
-        cdef host_message told
-        cdef char *memory
-        cdef int fd
-        pthread_mutex_lock(&self.lock)
-        one = session_find(self, session, False)
-        memory = one.memory if one != NULL else NULL
-        pthread_mutex_unlock(&self.lock)
-        if memory == NULL:
-            fd = self._ask(session, CONTROL_MEMORY, &told)
-            memory = map_window(fd, 0, told.nbytes)
-            close(fd)
-            if memory == NULL:
-                raise MemoryError("no address space for the region's shared pages")
-            pthread_mutex_lock(&self.lock)
-            one = session_find(self, session, False)
-            if one != NULL and one.memory == NULL:
-                one.memory = memory         # of two threads at once, one mapping is left over: address space only
-                one.memory_bytes = told.nbytes
-            pthread_mutex_unlock(&self.lock)
-        pthread_mutex_lock(&self.lock)
-        one = session_find(self, session, False)
-        if one == NULL or one.memory == NULL or offset > one.memory_bytes or nbytes > one.memory_bytes - offset:
-            memory = NULL
-        pthread_mutex_unlock(&self.lock)
-        if memory == NULL:
+    cdef int _in_place(self, HostBuffer b, uint64_t session, uint64_t offset, uint64_t nbytes) except -1:
+        """Has a buffer lie in the region's own shared pages."""
+        cdef HostMapping mapping = self.memories.get(session)
+        if mapping is None:
+            mapping = self.memories.setdefault(session, self._mapped(session, True))
+        if offset > mapping.nbytes or nbytes > mapping.nbytes - offset:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are outside the region's shared pages")
-        return memory + offset
+        if mapping.start != NULL:
+            b.mapping = mapping
+            b.start = mapping.start + offset
+            return 0
+        b.window_bytes = page_round(nbytes)
+        b.window = map_window(mapping.fd, offset, b.window_bytes)
+        b.start = b.window
+        if b.window == NULL:
+            raise MemoryError("no address space for the region's shared pages")
+        return 0
+
+    cdef HostMapping _mapped(self, uint64_t session, bint whole):
+        cdef HostMapping mapping = HostMapping()
+        cdef host_message told
+        mapping.fd = self._ask(session, CONTROL_MEMORY, &told)
+        mapping.nbytes = told.nbytes
+        if whole:
+            mapping.start = map_window(mapping.fd, 0, told.nbytes)
+            close(mapping.fd)
+            mapping.fd = -1
+            if mapping.start == NULL:
+                raise MemoryError("no address space for the region's shared pages")
+        return mapping
 
     def opened(self, int64_t slot, uint64_t session, nbytes, uint32_t concurrency, bint read_many, bint writes,
                bint write_many):
@@ -247,13 +270,9 @@ cdef class HostEnd:
         cdef host_request *q = _request(self, slot)
         cdef uint64_t span = page_round(q.nbytes)
         cdef char *fresh
-        cdef HostSession *one
         if q.in_place:
-            pthread_mutex_lock(&self.lock)
-            one = session_find(self, q.session, False)
-            if one != NULL:
-                one.memory = NULL           # mapped again elsewhere at the next request; this mapping stays
-            pthread_mutex_unlock(&self.lock)
+            if b.mapping is not None and self.memories.get(q.session) is b.mapping:
+                self.memories[q.session] = self._mapped(q.session, False)   # what is kept from now on is kept alone
             fresh = b.start
         else:
             fresh = map_window(self.channel_fd, host_buffer_at(slot), HOST_BUFFER_BYTES)
@@ -391,17 +410,12 @@ cdef class HostEnd:
     def free_session(self, uint64_t session):
         """Forgets a session that the engine closed."""
         cdef HostSession *one
-        cdef char *memory = NULL
-        cdef uint64_t nbytes = 0
         pthread_mutex_lock(&self.lock)
         one = session_find(self, session, False)
         if one != NULL:
-            memory = one.memory
-            nbytes = one.memory_bytes
             one.id = 0
         pthread_mutex_unlock(&self.lock)
-        if memory != NULL:
-            munmap(memory, nbytes)
+        self.memories.pop(session, None)
 
 
 def _by_offset(request):

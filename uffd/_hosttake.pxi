@@ -4,26 +4,53 @@
 # Provides: session_find, host_take, request_end, offer_rows, host_ask, host_watcher
 
 cdef HostSession *session_find(HostEnd end, uint64_t session, bint make) noexcept nogil:
-    """The entry, made if there is none and that is wanted; else NULL, and when the table is full. Under the lock."""
+    """The entry, made if there is none and that is wanted; else NULL, and when memory is short. Good for as long as the
+    lock is held."""
     cdef uint32_t i, at
     cdef HostSession *one
     cdef HostSession *vacant = NULL
-    for i in range(HOST_SESSIONS):
-        at = <uint32_t>(session + i) & (HOST_SESSIONS - 1)
+    if make and end.session_used * 4 >= end.session_room * 3:
+        sessions_grow(end)
+    for i in range(end.session_room):
+        at = <uint32_t>(session + i) & (end.session_room - 1)
         one = &end.sessions[at]
         if one.id == session:
             return one
         if one.id == 0 and vacant == NULL:
             vacant = one
-            if one.limit == 0:
-                break                       # never used: nothing lies behind it
+        if one.limit == 0:
+            break                           # never used: nothing lies behind it
     if not make:
         return NULL
     if vacant != NULL:
+        end.session_used += vacant.limit == 0
         memset(vacant, 0, sizeof(HostSession))
         vacant.id = session
         vacant.limit = 1
     return vacant
+
+
+cdef void sessions_grow(HostEnd end) noexcept nogil:
+    """A table with twice the room that is in use; as it was when there is no memory. Under the lock."""
+    cdef uint32_t live = 0, room = HOST_SESSIONS, i, at
+    cdef HostSession *table
+    for i in range(end.session_room):
+        live += end.sessions[i].id != 0
+    while room < 2 * live + 2:
+        room *= 2
+    table = <HostSession *>calloc(room, sizeof(HostSession))
+    if table == NULL:
+        return
+    for i in range(end.session_room):
+        if end.sessions[i].id:
+            at = <uint32_t>end.sessions[i].id & (room - 1)
+            while table[at].id:
+                at = (at + 1) & (room - 1)
+            table[at] = end.sessions[i]
+    free(end.sessions)
+    end.sessions = table
+    end.session_room = room
+    end.session_used = live
 
 
 cdef int host_take(HostEnd end, uint32_t *found) noexcept nogil:

@@ -50,8 +50,8 @@ cdef void *keeper_main(void *argument) noexcept nogil:
         timeout_ms = keeper_tick(e)
         if now_ns() - e.followed_ns > FOLLOW_NS:
             budget_follow(e)
-        if e.hosts != NULL and hosts_look(e):
-            timeout_ms = TICK_BUSY_MS
+        if e.hosts != NULL:
+            timeout_ms = hosts_look(e, timeout_ms)
     if e.hosts != NULL:
         hosts_stop(e)
     u32_store(&e.keepers, 0)

@@ -525,6 +525,7 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
         close(e.keeper_fd)
     while e.sessions != NULL:
         session_end(e, e.sessions.id)
+    sessions_free(e)
     if e.hosts != NULL:
         hosts_free(e.hosts)
     free(e.closed)

@@ -132,7 +132,8 @@ class Engine:
                 raise ValueError("the engine is closed")
             if not self._hosts_set:
                 argv, environment = _hosting.command()
-                threads.set_hosts(self.hosts, argv, environment, os.environ.get("UFFD_HOST_DEBUG") == "1")
+                threads.set_hosts(self.hosts, argv, environment, os.environ.get("UFFD_HOST_DEBUG") == "1",
+                                  int(_hosting.START_S * 1e9))
                 self._hosts_set = True
             return threads
 
