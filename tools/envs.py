@@ -21,8 +21,12 @@ VERSIONS = ("3.11", "3.12", "3.13")
 STAMP = "uffd-stamp.json"
 
 
+def heading(text: str) -> str:
+    return f"\033[1m== {text}\033[0m" if sys.stdout.isatty() else f"== {text}"
+
+
 def say(text: str) -> None:
-    print(f"\033[1m== {text}\033[0m" if sys.stdout.isatty() else f"== {text}", flush=True)
+    print(heading(text), flush=True)
 
 
 def run(*command: object, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
