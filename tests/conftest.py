@@ -1,7 +1,7 @@
 """The frame round every test: a watchdog outside the process, a leak check, engines and regions to test with.
 
 Environment: UFFD_SEED repeats a random run, UFFD_STRESS_SECONDS sets the length of races (default 5),
-UFFD_DEADLINE_SCALE stretches the deadlines (sanitizers).
+UFFD_DEADLINE_SCALE stretches the deadlines (sanitizers), UFFD_TEST_WHERES names the deliveries and backings (all).
 """
 
 import ctypes

@@ -36,13 +36,16 @@ LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 
 # Another CPython may differ in how modules are imported, in its C API, buffers, pickles, fork, the GIL, signals, and
 # its end. The core is one abi3 wheel, and what rests on it, on numpy or on the kernel is the same everywhere.
-OF_THE_INTERPRETER = tuple(f"tests/test_{name}.py" for name in (
+OF_THE_INTERPRETER = (*(f"tests/test_{name}.py" for name in (
     "package", "region", "providers", "recipes", "fork", "gil", "signals", "exit", "hosted", "host_process", "testing",
-    "eager", "fallback", "demo", "serving",
-    "serving_fork", "top"))
+    "eager", "fallback", "serving", "serving_fork", "top")), "tests/test_demo.py::test_bars_move_on_a_terminal", "tests/test_demo.py::test_the_real_model")
+# There, each delivery and each backing once: the other pairs are made of the same core.
+WHERES_OF_THE_INTERPRETER = {"UFFD_TEST_WHERES": "thread-anon inline-shared"}
 # What rests on sources, on C that is compiled by itself, or on arithmetic is no matter of privilege.
-WITHOUT_KERNEL = tuple(f"tests/test_{name}.py" for name in (
-    "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback"))
+WITHOUT_KERNEL = (*(f"tests/test_{name}.py" for name in (
+    "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback")), *(f"tests/test_demo.py::test_{name}" for name in (
+        "files_that_are_no_model", "types_that_numpy_lacks", "a_wrong_bit_is_found", "bad_files_are_refused_by_name",
+        "the_packed_file_goes_unless_it_is_kept", "what_is_missing_is_named_with_its_cure")))
 # Without a userfaultfd regions are filled whole. The other files are about faults, threads, signals, fork, the kernel's
 # calls, or what is filled when. Within these, tests/support/fallback.py says of each test that can't hold why.
 OF_THE_FALLBACK = tuple(f"tests/test_{name}.py" for name in (
@@ -112,13 +115,14 @@ def only(files: tuple[str, ...], arguments: list[str]) -> list[str]:
     chosen = [word for word in arguments if is_path(word)]
     rest = [word for word in arguments if word not in chosen]
     taken = [word for word in chosen if word.partition("::")[0] in files] if chosen else \
-        [name for name in files if (ROOT / name).exists()]
+        [name for name in files if is_path(name)]
     return [*taken, *rest] if taken else []
 
 
 def all_but(files: tuple[str, ...], arguments: tuple[str, ...], tree: Path) -> list[str]:
     """All but these files, or what the caller chose."""
-    ignored = [] if any(map(is_path, arguments)) else [f"--ignore={tree / name}" for name in files]
+    ignored = [] if any(map(is_path, arguments)) else [
+        f"--deselect={name}" if "::" in name else f"--ignore={tree / name}" for name in files]
     return [*ignored, *arguments]
 
 
@@ -187,8 +191,8 @@ def run_beside(jobs: list[Job]) -> list[Result]:
         return [result.result() for result in results]
 
 
-def test_environment(name: str, base: Interpreter, wheel: Path) -> Path:
-    return environment(name, base, extra("test"), wheel, alone=(MODEL,))
+def test_environment(name: str, base: Interpreter, wheel: Path, tell: Callable[[str], None] = say) -> Path:
+    return environment(name, base, extra("test"), wheel, alone=(MODEL,), tell=tell)
 
 
 def conclude(results: list[Result]) -> int:
@@ -238,15 +242,29 @@ def open_to_all(folder: Path) -> None:
             path.chmod(stat.S_IMODE(mode) | search)
 
 
-def copy_for_user(python: Path, folder: Path) -> tuple[Path, Path, Path]:
-    """Environment, tree and a home where a user without privilege can read them: (python, tree, home)."""
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def copy_for_user(base: Interpreter, python: Path, folder: Path) -> tuple[Path, Path, Path]:
+    """Environment, tree and a home where a user without privilege can read them: (python, tree, home). The environment
+    is one of `base` with the very files of python's, which is of the same version: copies take longer than many tests,
+    and an installation longer than most files of them."""
     venv, tree, home = folder / "venv", folder / "tree", folder / "home"
-    shutil.copytree(python.parent.parent, venv, symlinks=True)
+    run(base.path, "-m", "venv", "--without-pip", venv)
+    packages = Path("lib", f"python{base.version}", "site-packages")
+    shutil.copytree(python.parent.parent / packages, venv / packages, symlinks=True, copy_function=link_or_copy,
+                    dirs_exist_ok=True)
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist"))
-    for script in (venv / "bin").iterdir():  # a script's first line names the environment it was installed into
+    for script in python.parent.iterdir():  # a script's first line names the environment it was installed into
         text = b"" if script.is_symlink() else script.read_bytes()
-        if text.startswith(b"#!"):
-            script.write_bytes(text.replace(bytes(python.parent), bytes(venv / "bin"), 1))
+        if text.startswith(b"#!" + bytes(python.parent)):
+            copy = venv / "bin" / script.name
+            copy.write_bytes(text.replace(bytes(python.parent), bytes(venv / "bin"), 1))
+            copy.chmod(0o755)
     open_to_all(folder)
     home.mkdir()
     os.chown(home, NOBODY, NOBODY)
@@ -263,8 +281,9 @@ def job_without_privilege(pythons: list[Interpreter], env: dict[str, str], *argu
     if not base:
         say("not run again without privilege: no interpreter from 3.11 on that such a user can run")
         return None
-    return partial(run_without_privilege, base, test_environment("user", base, build_wheel()), env, arguments,
-                   deadline_s)
+    like = pythons[0] if pythons[0].version == base.version else None
+    python = test_environment(like.name if like else "user", like or base, build_wheel())
+    return partial(run_without_privilege, base, python, env, arguments, deadline_s)
 
 
 def run_without_privilege(base: Interpreter, python: Path, env: dict[str, str], arguments: tuple[str, ...],
@@ -272,7 +291,7 @@ def run_without_privilege(base: Interpreter, python: Path, env: dict[str, str], 
     folder = Path(tempfile.mkdtemp(prefix="uffd-user-"))
     try:
         folder.chmod(0o755)
-        python, tree, home = copy_for_user(python, folder)
+        python, tree, home = copy_for_user(base, python, folder)
         env = {**env, "HOME": str(home), "TMPDIR": str(home), "USER": "nobody", "LOGNAME": "nobody"}
         suite = Suite(f"CPython {base.version}, no privilege", python, tree, tuple(user_command()), env, home,
                       deadline_s, is_part=True)
@@ -304,25 +323,31 @@ def stress_env(seconds: str) -> dict[str, str]:
     return {"UFFD_STRESS_SECONDS": os.environ.get("UFFD_STRESS_SECONDS", seconds)}
 
 
+def job_of_another(python: Interpreter, wheel: Path, who: str, arguments: list[str]) -> Job:
+    """Its environment is made when its turn comes: beside a run that has begun, not before it."""
+    def job(show: Show) -> Result:
+        path = test_environment(python.name, python, wheel, tell=lambda text: show(heading(text) + "\n"))
+        # The races run in full once; here they only have to show that they start and hold.
+        suite = Suite(f"CPython {python.version}, {who}", path, is_part=True,
+                      env={**stress_env("1"), **WHERES_OF_THE_INTERPRETER})
+        return run_pytest(suite, *arguments, show=show)
+    return job
+
+
 def target_test(arguments: list[str]) -> int:
     pythons = find_interpreters()
     if not pythons:
         raise SystemExit("no CPython from 3.11 on found")
+    first, *others = pythons
     wheel = build_wheel()
+    python = test_environment(first.name, first, wheel)
     who = "root" if os.geteuid() == 0 else "user"
-    environments = [test_environment(python.name, python, wheel) for python in pythons]
-    first, *others = [Suite(f"CPython {python.version}, {who}", path)
-                      for python, path in zip(pythons, environments, strict=True)]
-    # The races run in full once; on the other interpreters they only have to show that they start and hold.
-    first.env = stress_env("4")
-    for suite in others:
-        suite.env, suite.is_part = stress_env("1"), True
     chosen = arguments if any(map(is_path, arguments)) else only(OF_THE_INTERPRETER, arguments)
     jobs = [  # the longest first
-        job_of(first, *arguments),
+        job_of(Suite(f"CPython {first.version}, {who}", python, env=stress_env("4")), *arguments),
         job_without_privilege(pythons, stress_env("2"), *arguments),
-        *[job_of(suite, *chosen) for suite in others],
-        job_without_userfaultfd(environments[0], *arguments)]
+        *[job_of_another(other, wheel, who, chosen) for other in others],
+        job_without_userfaultfd(python, *arguments)]
     return conclude(run_beside([job for job in jobs if job]))
 
 
