@@ -197,6 +197,7 @@ def test_slow_provider_holds_up_nobody(make):
 def test_time_out_names_the_block_and_spares_the_others(make, capfd):
     """Goal: a provider that sleeps for ever fails its block by name; a request of another provider that was under way
     in the same host is given again."""
+    make(BLOCK, fill_pattern).populate()        # the host is up: its start has a time-out of its own
     region, other = make(None, Broken("sleeps"), timeout_s=1.0, retries=0), make(4 * BLOCK, Slow(1.4, 4 * BLOCK))
     fetch = other.prefetch((0, BLOCK))
     with pytest.raises(uffd.ProviderError, match="in time") as caught:
@@ -235,6 +236,7 @@ def test_dropped_pages_come_again(make):
 
 def test_a_queue_is_nobodys_fault(make, engine):
     """Goal: requests that wait for their turn longer than timeout_s are not late; the host answers all the time."""
+    make(BLOCK, fill_pattern).populate()        # the host is up: its start has a time-out of its own
     region = make(32 << 20, Slow(0.05, 32 << 20), timeout_s=1.0, readahead_bytes=0)
     fetch = region.prefetch()
     wait_until(lambda: region.resident().any(), "nothing came")
@@ -458,7 +460,7 @@ def test_wait_for_ever(where):
     """Goal: on_error="wait" tries until the provider can."""
     run_script("""
 from support.hosted import Once
-a = region(4 * BLOCK, Once(8, 4 * BLOCK), retries=0, on_error="wait").array()
+a = region(4 * BLOCK, Once(5, 4 * BLOCK), retries=0, on_error="wait").array()
 assert a[2 * BLOCK] == pattern(2 * BLOCK, 1)[0]
 """, where=where).check()
 
