@@ -38,12 +38,14 @@ LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 # its end. The core is one abi3 wheel, and what rests on it, on numpy or on the kernel is the same everywhere.
 OF_THE_INTERPRETER = (*(f"tests/test_{name}.py" for name in (
     "package", "region", "providers", "recipes", "fork", "gil", "signals", "exit", "hosted", "host_process", "testing",
-    "eager", "fallback", "serving", "serving_fork", "top")), "tests/test_demo.py::test_bars_move_on_a_terminal", "tests/test_demo.py::test_the_real_model")
+    "eager", "fallback", "serving", "serving_fork", "top")),
+    "tests/test_demo.py::test_bars_move_on_a_terminal", "tests/test_demo.py::test_the_real_model")
 # There, each delivery and each backing once: the other pairs are made of the same core.
 WHERES_OF_THE_INTERPRETER = {"UFFD_TEST_WHERES": "thread-anon inline-shared"}
 # What rests on sources, on C that is compiled by itself, or on arithmetic is no matter of privilege.
 WITHOUT_KERNEL = (*(f"tests/test_{name}.py" for name in (
-    "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback")), *(f"tests/test_demo.py::test_{name}" for name in (
+    "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback")),
+    *(f"tests/test_demo.py::test_{name}" for name in (
         "files_that_are_no_model", "types_that_numpy_lacks", "a_wrong_bit_is_found", "bad_files_are_refused_by_name",
         "the_packed_file_goes_unless_it_is_kept", "what_is_missing_is_named_with_its_cure")))
 # Without a userfaultfd regions are filled whole. The other files are about faults, threads, signals, fork, the kernel's
