@@ -147,7 +147,8 @@ def test_a_host_that_dies_each_time(make, path, how):
 @pytest.mark.parametrize("how", ["write_hangs", "flush_hangs"])
 def test_time_out(make, engine, path, tmp_path, how):
     """Goal: what hangs ends within the region's time; its host is another one afterwards, and works."""
-    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK, at_most=1), timeout_s=0.5)
+    make(4 * BLOCK, Store(path, 4 * BLOCK))          # its host is started: that is no part of half a second
+    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK, at_most=1), timeout_s=1)
     before = engine._threads.host_pids()
     begin = time.monotonic()
     found, tries, _ = store(region, BLOCK, bytes(BLOCK)) if how == "write_hangs" else flush(region)

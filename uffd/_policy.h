@@ -299,7 +299,7 @@ static inline uint32_t policy_filled(struct policy *p, uint32_t node, uint64_t r
     return node;
 }
 
-/* Resident, and asked for by name in such numbers that SMALL would lose the first before the last has come: into MAIN. */
+/* Resident, and asked for by name in such numbers that SMALL would lose the first before the last has come: to MAIN. */
 static inline void policy_keep(struct policy *p, uint32_t node)
 {
     if (policy_queue(p, node) == POLICY_SMALL)

@@ -168,7 +168,8 @@ cdef bint copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *tar
     cdef bint done = True, stays = state == DIRTY and not r.kernel_faults and u8_load(&r.pins[b]) != 0
     if not claim_write(s, r, b, state):
         return False
-    if not stays and state == DIRTY and (not r.protect or uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0):
+    if not stays and state == DIRTY and (
+            not r.protect or uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0):
         done = False                        # an madvise split it (older kernels), or the kernel can't: it stays dirty
     elif shared:
         memcpy(target, r.alias + (b << r.shift), span)

@@ -59,9 +59,9 @@ class Region(_core.Region):
     fails like one whose fill fails.
 
     A region is a context manager; leaving it flushes and closes it, now or when its last array dies. All methods are
-    thread-safe, release the interpreter lock while they wait, and may be used while arrays are in use. In a forked child the region
-    is a private copy that serves itself; with "shared" backing, what the parent had written by then is read from the
-    parent's memory at the child's first touch.
+    thread-safe, release the interpreter lock while they wait, and may be used while arrays are in use. In a forked
+    child the region is a private copy that serves itself; with "shared" backing, what the parent had written by then is
+    read from the parent's memory at the child's first touch.
     """
 
     def __new__(cls, *args: Any, engine: Engine | None = None, **options: Any) -> Region:
