@@ -36,15 +36,17 @@ LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 
 # Another CPython may differ in how modules are imported, in its C API, buffers, pickles, fork, the GIL, signals, and
 # its end. The core is one abi3 wheel, and what rests on it, on numpy or on the kernel is the same everywhere.
-OF_THE_INTERPRETER = (*(f"tests/test_{name}.py" for name in (
-    "package", "region", "providers", "recipes", "fork", "gil", "signals", "exit", "hosted", "host_process", "testing",
-    "eager", "fallback", "serving", "serving_fork", "top")),
-    "tests/test_demo.py::test_bars_move_on_a_terminal", "tests/test_demo.py::test_the_real_model")
+OF_THE_INTERPRETER = (
+    *(f"tests/test_{name}.py" for name in (
+        "package", "region", "providers", "recipes", "fork", "gil", "signals", "exit", "hosted", "hosted_pickle",
+        "host_process", "testing", "eager", "fallback", "serving", "serving_fork", "top")),
+    *(f"tests/test_demo.py::test_{name}" for name in ("bars_move_on_a_terminal", "the_real_model")))
 # There, each delivery and each backing once: the other pairs are made of the same core.
 WHERES_OF_THE_INTERPRETER = {"UFFD_TEST_WHERES": "thread-anon inline-shared"}
-# What rests on sources, on C that is compiled by itself, or on arithmetic is no matter of privilege.
-WITHOUT_KERNEL = (*(f"tests/test_{name}.py" for name in (
-    "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback")),
+# What rests on sources, on C that is compiled by itself, on arithmetic or on pickles is no matter of privilege.
+WITHOUT_KERNEL = (
+    *(f"tests/test_{name}.py" for name in (
+        "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback", "hosted_pickle", "top")),
     *(f"tests/test_demo.py::test_{name}" for name in (
         "files_that_are_no_model", "types_that_numpy_lacks", "a_wrong_bit_is_found", "bad_files_are_refused_by_name",
         "the_packed_file_goes_unless_it_is_kept", "what_is_missing_is_named_with_its_cure")))
@@ -183,12 +185,15 @@ def run_beside(jobs: list[Job]) -> list[Result]:
             for lines in said:
                 for line in iter(lines.get, None):
                     show_now(line)
-        except BaseException:  # Ctrl-C: what has not begun never does, and what has is ended
+        except BaseException:  # Ctrl-C: what has not begun never does, what has is ended, and tells what it had to say
             pool.shutdown(wait=False, cancel_futures=True)
             while any(result.running() for result in results):  # one may be about to start its process
                 for process in list(running):
                     end_group(process, "interrupted")
                 time.sleep(0.1)
+            for lines in said:
+                while not lines.empty():
+                    show_now(lines.get() or "")
             raise
         return [result.result() for result in results]
 
