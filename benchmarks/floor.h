@@ -86,6 +86,9 @@ int64_t fill_bulk(const struct range *range, size_t piece_bytes);
 /* The same from a file, by `threads` pinned threads that take pieces in turn: pread into a buffer, then UFFDIO_COPY. */
 int64_t fill_from_file(const struct range *range, int fd, size_t piece_bytes, int threads);
 
+/* Blocks filled and taken out again, one by one, in pages that are used again and again: evict.c. */
+int64_t evict_cycle(const uint8_t *source, size_t nbytes, size_t block_bytes, const uint64_t *offsets, size_t count);
+
 /* A SIGBUS handler fills the faults of `range` in the faulting thread, until inline_remove. One range at a time. */
 int inline_install(const struct range *range);
 int inline_remove(void);

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("floor.c", "placement.c")
+SOURCES = ("floor.c", "placement.c", "evict.c")
 FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
 
 THREAD, INLINE, INLINE_SHARED = range(3)
@@ -56,6 +56,8 @@ def library() -> ct.CDLL:
     loaded.serve_stop.argtypes = [ct.c_void_p, ct.c_void_p]
     loaded.range_open.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_size_t, ct.c_void_p, ct.c_size_t, ct.c_int]
     loaded.fill_bulk.restype = loaded.fill_from_file.restype = loaded.touch_sequential.restype = ct.c_int64
+    loaded.evict_cycle.restype = ct.c_int64
+    loaded.evict_cycle.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_size_t, ct.c_void_p, ct.c_size_t]
     loaded.fill_from_file.argtypes = [ct.c_void_p, ct.c_int, ct.c_size_t, ct.c_int]
     loaded.fill_bulk.argtypes = [ct.c_void_p, ct.c_size_t]
     loaded.touch_sequential.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_size_t]
@@ -114,6 +116,13 @@ def fill_bulk(filled: Range, piece_bytes: int) -> float:
 def fill_from_file(filled: Range, fd: int, piece_bytes: int, threads: int) -> float:
     """Seconds to fill the whole range from a file, by threads pinned to a CPU each: pread, then UFFDIO_COPY."""
     return check(library().fill_from_file(ct.byref(filled), fd, piece_bytes, threads)) / 1e9
+
+
+def evict_cycle(source: np.ndarray, block_bytes: int, offsets: np.ndarray) -> float:
+    """Seconds to fill each of these blocks and take it out again, in recycled pages, without a fault."""
+    offsets = np.ascontiguousarray(offsets, dtype=np.uint64)
+    return check(library().evict_cycle(source.ctypes.data, source.nbytes, block_bytes, offsets.ctypes.data,
+                                       offsets.size)) / 1e9
 
 
 def touch_sequential(base: int, nbytes: int, step_bytes: int = PAGE_BYTES) -> float:

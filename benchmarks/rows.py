@@ -33,6 +33,7 @@ class Row:
 
 
 ON_SAME_CPU = "C worker pinned to the faulting thread's CPU"
+LIMITED = "np.memmap under the same memory cgroup"
 BEST_PLACEMENT = "best fixed placement in C"
 
 ROWS = (
@@ -72,6 +73,14 @@ ROWS = (
         "the same without the prefetch"),
     Row("redis-prefetch", "Redis on loopback, 64 KiB blocks, prefetch on, summed", "s/GiB", "rate", 0.8, False,
         "redis-py: pipelined GETs of the same blocks in a loop, summed"),
+    Row("evict-steady", "steady state: a clean 64 KiB block filled from memory, one taken out", "us", "time", 1.4, True,
+        "C: memcpy, MOVE in, WP, MOVE out, in one thread, without a fault"),
+    Row("evict-zipf", "data 4 x budget: random reads, Zipf 0.99, File, cold", "s", "rate", 1.5, False, LIMITED),
+    Row("evict-rmw", "data 4 x budget: random read-modify-write, 4 KiB, File, then flush", "s", "rate", 2.0, False,
+        LIMITED),
+    Row("evict-sort", "data 4 x budget: float64 sorted in place, runs and merges", "s", "rate", 1.2, False, LIMITED),
+    Row("evict-scan", "data 4 x budget: one scan, cold", "s", "rate", 1.0, False, LIMITED),
+    Row("evict-metadata", "memory beside the data, for each block that was touched", "bytes", "number", 32.0, True),
     Row("life-1tib-time", "1 TiB region made and closed", "ms", "number", 50.0, True),
     Row("life-1tib-rss", "1 TiB region made and closed: resident memory while open", "MiB", "number", 4.0, True),
     Row("life-1000", "1,000 regions made and closed 20 times: fds, threads, mappings left", "left", "number", 0.0,
