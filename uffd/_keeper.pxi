@@ -49,7 +49,7 @@ cdef void *keeper_main(void *argument) noexcept nogil:
             said = True
         timeout_ms = keeper_tick(e)
         if now_ns() - e.followed_ns > FOLLOW_NS:
-            budget_follow(e)
+            budget_follow(e, room_least(e, 0))
         if e.hosts != NULL:
             timeout_ms = hosts_look(e, timeout_ms)
     if e.hosts != NULL:
@@ -196,9 +196,11 @@ cdef void keeper_reap(Engine_t *e) noexcept nogil:
         Py_AddPendingCall(&_sweep_pending, NULL)    # refused when its queue is full: the next API call sweeps too
 
 
-cdef void budget_follow(Engine_t *e) noexcept nogil:
+cdef void budget_follow(Engine_t *e, uint64_t least) noexcept nogil:
     """What the machine has may become less, or more: "auto" is 60 % of what there is for us, and no budget is more than
-    a memory cgroup leaves. Under memory pressure (PSI) it falls by eighths, down to a half, and comes back."""
+    a memory cgroup leaves. Under memory pressure (PSI) "auto" falls by eighths, down to a half, and comes back; a
+    number that the program gave does not: whoever is short of memory, it may be another cgroup. None falls below
+    `least`, what pins and fills need: touches would fail, and the pins stay all the same."""
     cdef uint64_t used = u64_load(&e.used), room, limit = e.asked_limit, now = u64_load(&e.limit)
     cdef int i
     e.followed_ns = now_ns()
@@ -209,9 +211,10 @@ cdef void budget_follow(Engine_t *e) noexcept nogil:
         limit = room / 10 * 6
     elif room != NO_LIMIT:
         limit = u64_min(limit, room / 10 * 9)
-    e.pressed = pressed(e.pressed, sys_pressure(e.pressure))
-    if limit != NO_LIMIT:
+    if e.auto_limit:
+        e.pressed = pressed(e.pressed, sys_pressure(e.pressure))
         limit -= limit / 8 * e.pressed
+    limit = u64_max(limit, u64_min(least, e.asked_limit))
     if limit != now and (limit < now - now / 64 or limit > now + now / 64 or limit == e.asked_limit):
         budget_set(e, limit)
 

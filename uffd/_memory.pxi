@@ -18,7 +18,7 @@ def budget(of):
         return None, 0, 0, 0
     limit = u64_load(&e.limit)
     used = u64_load(&e.used) - u64_load(&e.free_bytes)
-    return None if limit == NO_LIMIT else limit, used, u64_load(&e.pinned), _least(e, 0, 0)
+    return None if limit == NO_LIMIT else limit, used, u64_load(&e.pinned), room_least(e, 0)
 
 
 def set_budget(Engine engine not None, limit, bint follows, list cgroups, bytes pressure):
@@ -37,18 +37,12 @@ def set_budget(Engine engine not None, limit, bint follows, list cgroups, bytes 
     e.auto_limit = follows
     with nogil:
         budget_set(e, e.asked_limit)
-        budget_follow(e)
-
-
-cdef object _least(Engine_t *e, uint64_t block_bytes, uint64_t more_pins):
-    """What pins and fills need: each worker a run of one block, and the instruction that waits up to four blocks."""
-    cdef uint64_t block = e.block_max if e.block_max > block_bytes else block_bytes
-    return u64_load(&e.pinned) + more_pins + (e.workers + 6) * (block if block else PAGE)
+        budget_follow(e, 0)
 
 
 def least_budget(Engine engine, uint64_t block_bytes=0):
     """The least limit in bytes with which an engine works that has a region of such blocks, too; 0 of a closed one."""
-    return 0 if engine is None or engine.e == NULL else _least(engine.e, block_bytes, 0)
+    return 0 if engine is None or engine.e == NULL else room_least(engine.e, block_bytes)
 
 
 cdef void _copy_path(char *to, bytes path):
@@ -66,7 +60,7 @@ def pin(Region region not None, runs):
     cdef Region_t *r = _live(region)
     cdef Engine_t *e = r.engine
     cdef Py_buffer view
-    cdef uint64_t lacks = 0, least = _least(e, 0, 0)
+    cdef uint64_t lacks = 0, least = room_least(e, 0)
     PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
     _hold(r)
     with nogil:

@@ -309,13 +309,14 @@ static inline void policy_keep(struct policy *p, uint32_t node)
 /* ---- what the evictor asks and tells ---------------------------------------------------------------------------- */
 
 /* SMALL's end while SMALL has more than its share, else MAIN's. Blocks that are given back again and again (pinned)
- * must not hide the others: after each that came back, the other queue has its turn. */
+ * must not hide the others: once one came back, the queues take turns, also within a batch, all of which is in hand
+ * before any of it comes back (batches of an even number left SMALL out for ever). */
 static inline uint32_t policy_next(const struct policy *p)
 {
     const struct policy_list *small = &p->lists[POLICY_SMALL], *main = &p->lists[POLICY_MAIN];
     int from_small = small->nbytes > p->small_limit_bytes &&
                      (small->blocks > POLICY_SMALL_BLOCKS || small->nbytes > p->budget_bytes / 2);
-    if (p->backs & 1)
+    if (p->backs && (p->backs + p->lists[POLICY_HAND].blocks) & 1)
         from_small = !from_small;
     return (from_small && small->oldest) || !main->oldest ? small->oldest : main->oldest;
 }

@@ -43,6 +43,12 @@ cdef inline uint64_t room_high(Engine_t *e) noexcept nogil:
     return high if high > 2 * e.block_max else 2 * e.block_max
 
 
+cdef inline uint64_t room_least(Engine_t *e, uint64_t block_bytes) noexcept nogil:
+    """What pins and fills need, with a region of such blocks too: each worker a run of one block, and the instruction
+    that waits up to four blocks."""
+    return u64_load(&e.pinned) + (e.workers + 6) * u64_max(u64_max(e.block_max, block_bytes), PAGE)
+
+
 cdef bint room_charge(Engine_t *e, uint64_t nbytes) noexcept nogil:
     """Promises nbytes; False where that would be more than the limit."""
     cdef uint64_t limit = u64_load(&e.limit)

@@ -335,6 +335,7 @@ static inline int copy_guarded(char *target, const char *source, uint64_t nbytes
 /* ---- how much memory there is ----------------------------------------------------------------------------------- */
 
 static inline uint64_t u64_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+static inline uint64_t u64_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 /* What a small file says, behind `key` if that is not NULL: the whole number there, or `otherwise` ("max", no file). */
 static inline uint64_t sys_file_number(const char *path, const char *key, uint64_t otherwise)

@@ -72,6 +72,7 @@ cdef extern from "_sys.h" nogil:
     bint page_present(char *page) noexcept
     int copy_guarded(char *target, const char *source, uint64_t nbytes) noexcept
     uint64_t u64_min(uint64_t a, uint64_t b) noexcept
+    uint64_t u64_max(uint64_t a, uint64_t b) noexcept
     uint64_t sys_memory_available() noexcept
     uint64_t sys_cgroup_room(const char *limit_path, const char *usage_path, const char *stat_path,
                              uint64_t used) noexcept
