@@ -1,6 +1,7 @@
 """The frame round every test: a watchdog outside the process, a leak check, engines and regions to test with.
 
 Environment: UFFD_SEED repeats a random run, UFFD_STRESS_SECONDS sets the length of races (default 5),
+UFFD_STRESS_KILLS how often provider hosts are killed (1,000 at 120 seconds, fewer below),
 UFFD_DEADLINE_SCALE stretches the deadlines (sanitizers), UFFD_TEST_WHERES names the deliveries and backings (all).
 """
 

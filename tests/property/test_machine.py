@@ -1,5 +1,6 @@
 """Random sequences of API calls against a model made of plain arrays (hypothesis, stateful)."""
 
+import contextlib
 import gc
 import os
 import pickle
@@ -45,6 +46,9 @@ class Machine(RuleBasedStateMachine):
     """Regions, their arrays and the arrays' models. `where` is set by the test."""
 
     where = None
+    hosts_are_killed = False
+    providers = {"native": lambda model: controlled()[0], "zero": lambda model: providers.Zero(),
+                 "memory": lambda model: providers.Memory(model.copy())}
     regions = Bundle("regions")
     arrays = Bundle("arrays")
 
@@ -54,12 +58,12 @@ class Machine(RuleBasedStateMachine):
         self.opened = []
 
     @rule(target=regions, pages=st.integers(1, 40), odd=st.integers(-PAGE + 1, 0), blocks=st.integers(0, 5),
-          kind=st.sampled_from(["native", "zero", "memory"]), readahead=st.sampled_from([None, 0, 8 * PAGE]))
+          kind=st.integers(0, 11), readahead=st.sampled_from([None, 0, 8 * PAGE]))
     def open_region(self, pages, odd, blocks, kind, readahead):
         nbytes = pages * PAGE + odd
+        kind = list(self.providers)[kind % len(self.providers)]
         model = np.zeros(nbytes, "u1") if kind == "zero" else pattern(0, nbytes).copy()
-        provider = {"native": lambda: controlled()[0], "zero": providers.Zero,
-                    "memory": lambda: providers.Memory(model.copy())}[kind]()
+        provider = self.providers[kind](model)
         region = uffd.Region(nbytes, provider, engine=self.engine, block_bytes=PAGE << blocks,
                              readahead_bytes=readahead, **self.where.options)
         record = {"region": region, "model": model, "written": set(), "touched": set(), "pinned": set(),
@@ -189,7 +193,7 @@ class Machine(RuleBasedStateMachine):
                 # Pinned blocks may be written by the kernel, which tells nobody: they count as dirty at once.
                 assert record["written"] <= set(np.flatnonzero(dirty).tolist()) <= record["written"] | record["pinned"]
                 assert all(resident[block] for block in record["written"] | record["touched"])
-                assert record["region"].stats().errors == 0
+                assert self.hosts_are_killed or record["region"].stats().errors == 0
 
     def teardown(self):
         for record in self.opened:
@@ -208,6 +212,32 @@ def test_machine(where):
     print(f"machine: UFFD_SEED={seed}")
     bound = type("Machine", (Machine,), {"where": where})
     run_state_machine_as_test(hypothesis.seed(seed)(bound), settings=SETTINGS)
+
+
+@pytest.mark.skipif(uffd._core.mode()[0] == "none", reason="no userfaultfd, no provider hosts")
+@pytest.mark.deadline(240, per_stress_second=30)
+@pytest.mark.keeps("a failing example's arrays live on in hypothesis's report; the machine itself closes all")
+def test_machine_over_hosts(where):
+    """Goal: the same over providers in Python, of all kinds, whose hosts are killed in between."""
+    from support import hosted
+
+    class Killing(Machine):
+        hosts_are_killed = True
+        providers = {"function": lambda model: hosted.fill_pattern,
+                     "class": lambda model: hosted.Pattern(len(model), concurrency=3),
+                     "many": lambda model: hosted.Many(len(model)), "offers": lambda model: hosted.Offers(len(model))}
+
+        @rule()
+        def kill_hosts(self):
+            for pid in self.engine._threads.host_pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    Killing.where = where
+    seed = int(os.environ.get("UFFD_SEED") or int.from_bytes(os.urandom(4), "little"))
+    print(f"machine over hosts: UFFD_SEED={seed}")
+    few = settings(SETTINGS, max_examples=SETTINGS.max_examples // 5)
+    run_state_machine_as_test(hypothesis.seed(seed)(Killing), settings=few)
 
 
 @pytest.mark.parametrize("place", matrix.WHERES, ids=str)
