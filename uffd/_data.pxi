@@ -121,6 +121,7 @@ cdef struct Fill:               # where blocks come from. Constant while a regio
     void *self
     uint64_t session            # FILL_HOST: the provider's number in the hosts
     uint32_t one_host           # FILL_HOST: 1 + the host that has it alone, since it can write; 0: all of them
+    bint private_memory         # FILL_DIRECT: no file is behind it that could be cut under us
     bint inline_safe            # may run in the SIGBUS handler
     bint may_block              # a fill can take long: others must not queue behind it
 

@@ -30,11 +30,30 @@ cdef struct Batch:                          # blocks in hand: neither in a queue
 cdef bint evict_some(Engine_t *e, Slot *s) noexcept nogil:
     """Takes some blocks out, or drops some that were: False if nothing could be done. Any thread that has no run."""
     cdef Batch t
+    pthread_mutex_lock(&e.policy_lock)
+    batch_take(e, &t, EVICT_BYTES)
+    pthread_mutex_unlock(&e.policy_lock)
+    return t.n != 0 and evict_batch(e, s, &t)
+
+
+cdef void evict_first(Engine_t *e, Slot *s, uint64_t nbytes) noexcept nogil:
+    """Before a fill of nbytes, where less room is left than there should be: about as much is taken out by the thread
+    that fills. It costs that thread what the evictor would take on another CPU, but not what two threads of one address
+    space cost each other (each page that leaves is told to every CPU that runs one). Not where others are at it; in the
+    SIGBUS handler too."""
+    cdef Batch t
+    if u64_load(&e.limit) == NO_LIMIT or room_left(e) >= room_high(e) or pthread_mutex_trylock(&e.policy_lock) != 0:
+        return
+    batch_take(e, &t, 2 * nbytes if 2 * nbytes < EVICT_BYTES else EVICT_BYTES)
+    pthread_mutex_unlock(&e.policy_lock)
+    if t.n:
+        evict_batch(e, s, &t)
+
+
+cdef bint evict_batch(Engine_t *e, Slot *s, Batch *t) noexcept nogil:
     cdef Region_t *r
     cdef uint64_t b
     cdef uint32_t i = 0, k
-    if not batch_take(e, &t):
-        return False
     while i < t.n:
         r = region_of_ref(t.ref[i])
         if r == NULL:
@@ -51,20 +70,19 @@ cdef bint evict_some(Engine_t *e, Slot *s) noexcept nogil:
             k = move_out(s, r, b, k, &t.fate[i])
         region_release(r)
         i += k
-    return batch_put(e, &t)
+    return batch_put(e, t)
 
 
-cdef bint batch_take(Engine_t *e, Batch *t) noexcept nogil:
-    """The next blocks in the policy's order, sorted by address."""
+cdef void batch_take(Engine_t *e, Batch *t, uint64_t most) noexcept nogil:
+    """The next blocks in the policy's order, about `most` bytes of them, sorted by address. Under policy_lock."""
     cdef uint64_t nbytes = 0, now = 0
     cdef uint32_t node
     t.n = 0
-    pthread_mutex_lock(&e.policy_lock)
     notes_drain(e)
     t.dropping = policy_pool_full(&e.pol)
     if few_blocks(e):
         now = now_ns()
-    while t.n < EVICT_BATCH and nbytes < EVICT_BYTES:
+    while t.n < EVICT_BATCH and nbytes < most:
         node = policy_drop(&e.pol) if t.dropping else policy_victim(&e.pol)
         if node == 0 and t.n == 0 and not t.dropping:
             t.dropping = True
@@ -74,8 +92,6 @@ cdef bint batch_take(Engine_t *e, Batch *t) noexcept nogil:
         nbytes += <uint64_t>1 << policy_shift(&e.pol, node)
         batch_insert(t, node, policy_ref(&e.pol, node),
                      GO_BACK if now and not t.dropping and is_young(e, policy_ref(&e.pol, node), now) else GO_POOL)
-    pthread_mutex_unlock(&e.policy_lock)
-    return t.n != 0
 
 
 cdef void batch_insert(Batch *t, uint32_t node, uint64_t ref, uint32_t fate) noexcept nogil:

@@ -181,6 +181,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
     s.no_room = 0
     s.recycled = 0
     if from_state == MISSING or from_state == POISONED:
+        evict_first(r.engine, s, run_span(r, b, limit))
         limit = room_for_run(s, r, b, limit, write, cause)
         room = limit
     critical_enter(s)
@@ -371,9 +372,13 @@ cdef int obtain_hosted(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, c
 
 
 cdef int copy_direct(Region_t *r, char *target, const char *source, uint64_t nbytes) noexcept nogil:
-    """Memory to memory, where bad source memory is EFAULT and no signal. Memory of another region that the kernel can't
+    """Memory to memory, where bad source memory (a mapped file that was cut) is EFAULT and no signal. Memory of another region that the kernel can't
     have filled (inline delivery, user mode) is touched here, which has it filled."""
-    cdef int err = copy_guarded(target, source, nbytes)
+    cdef int err
+    if r.fill.private_memory and not r.nested:
+        memcpy(target, source, nbytes)
+        return 0
+    err = copy_guarded(target, source, nbytes)
     if err == -EFAULT and r.nested and not poisoned_within(<uint64_t>source, nbytes):
         memcpy(target, source, nbytes)
         err = 0

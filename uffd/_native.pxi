@@ -163,6 +163,7 @@ cdef class Filler:
         f.nbytes = f.view.len
         f.fill.kind = FILL_DIRECT
         f.fill.direct = <const char *>f.view.buf
+        f.fill.private_memory = is_private(<uintptr_t>f.view.buf, <uintptr_t>f.view.buf + <uintptr_t>f.view.len)
         f.fill.inline_safe = True
         return f
 
@@ -242,6 +243,27 @@ cdef class Filler:
         """(first address, end) of the memory it reads, or None."""
         cdef uint64_t start = <uint64_t>self.fill.direct
         return (start, start + <uint64_t>self.nbytes) if self.fill.kind == FILL_DIRECT else None
+
+
+def is_private(uint64_t start, uint64_t end):
+    """Whether all of [start, end) is anonymous memory of this process, by what /proc tells now. Who exports a buffer
+    keeps it mapped, and anonymous memory stays what it is; a mapped file may be cut by anybody."""
+    cdef uint64_t low, high, at = start
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            for row in maps:
+                words = row.split(None, 5)
+                low, high = [int(word, 16) for word in words[0].split(b"-")]
+                if high <= at:
+                    continue
+                if low > at or words[4] != b"0":
+                    return False
+                at = high
+                if at >= end:
+                    return True
+    except OSError:
+        pass                                # no /proc: the guarded copy it is
+    return start == end
 
 
 def capsule_address(capsule):

@@ -333,7 +333,8 @@ cdef int place_recycled(Slot *s, Region_t *r, uint64_t start, uint64_t span, bin
         recycled_release(s, r)
     if protect:
         uf_writeprotect(r.fd, start, span, UF_WRITEPROTECT_WP)
-        uf_wake(r.fd, start, span)
+        if not r.is_inline:
+            uf_wake(r.fd, start, span)
     return err
 
 

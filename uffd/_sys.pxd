@@ -94,6 +94,7 @@ cdef extern from "_sys.h" nogil:
         pass
     int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes) noexcept
     int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept
+    int pthread_mutex_trylock(pthread_mutex_t *mutex) noexcept
     int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept
     int pthread_detach(pthread_t thread) noexcept
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
