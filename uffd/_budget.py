@@ -13,7 +13,9 @@ from .errors import BudgetError
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["cgroup_files", "checked", "refuse_small", "size"]
+__all__ = ["cgroup_files", "checked", "limit", "pressure_file", "refuse_small", "size"]
+
+_NO_LIMIT = 1 << 62                 # what a cgroup says that has none
 
 
 def checked(asked: Any) -> int | str | None:
@@ -58,6 +60,41 @@ def pressure_file(machine: Machine | None = None) -> bytes:
     """The kernel's account of memory pressure (PSI), or b"" where it keeps none."""
     path = "/proc/pressure/memory"
     return os.fsencode(path) if (machine or Machine()).read(path) else b""
+
+
+def limit(asked: int | str | None, held: int, machine: Machine | None = None) -> int | None:
+    """What regions may hold in all by what was `asked`, of which they have `held` already: as the core has it
+    (budget_follow of _keeper.pxi), for who has no core. None: no limit, or nobody tells."""
+    if asked is None:
+        return None
+    machine = machine or Machine()
+    rooms = [_cgroup_room(machine, files, held) for files in cgroup_files(machine)]
+    if asked == "auto":
+        rooms.append(_free_bytes(machine, held))
+    known = [room for room in rooms if room is not None]
+    if isinstance(asked, int):
+        return min([asked, *(room * 9 // 10 for room in known)])
+    return min(known) * 6 // 10 if known else None
+
+
+def _cgroup_room(machine: Machine, files: tuple[bytes, bytes, bytes], held: int) -> int | None:
+    """Limit less what others use; file pages are room, since the kernel takes them away when it needs them."""
+    most, used, stat = (machine.read(os.fsdecode(name)) or "" for name in files)
+    if not most.isdigit() or not used.isdigit() or int(most) >= _NO_LIMIT:
+        return None
+    words = stat.split()
+    numbers = dict(zip(words[::2], words[1::2], strict=False))
+    prefix = "total_" if "total_inactive_file" in numbers else ""
+    cached = sum(int(numbers.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    return max(0, int(most) - max(0, int(used) - cached - held))
+
+
+def _free_bytes(machine: Machine, held: int) -> int | None:
+    free = machine.available_bytes()
+    if free is None and hasattr(os, "sysconf"):
+        name = next((name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in os.sysconf_names), None)
+        free = os.sysconf(name) * _core.PAGE_BYTES if name else None
+    return None if free is None or free < 0 else free + held
 
 
 def size(nbytes: float) -> str:

@@ -61,10 +61,10 @@ class Engine:
 
 
 class Filler:
-    """What a provider keeps of its core side: sizes, and a file that it opened."""
+    """What a provider keeps of its core side: sizes, whether it writes, and a file that it opened."""
 
-    def __init__(self, kind: str, nbytes: int | None, fd: int = -1, kept: object = None) -> None:
-        self.kind, self.nbytes, self.fd, self.kept = kind, nbytes, fd, kept
+    def __init__(self, kind: str, nbytes: int | None, fd: int = -1, kept: object = None, writes: bool = False) -> None:
+        self.kind, self.nbytes, self.fd, self.kept, self.writes = kind, nbytes, fd, kept, writes
         self.span = None
 
     def __del__(self) -> None:
@@ -87,11 +87,11 @@ class Filler:
 
     @staticmethod
     def open_file(fd: int, offset: int, nbytes: int, direct: bool, writable: bool = False) -> Filler:
-        return Filler("file", nbytes, fd)
+        return Filler("file", nbytes, fd, writes=writable)
 
     @staticmethod
     def native_pointer(function: int, user_data: int, inline_safe: bool, keep: object, write: int = 0) -> Filler:
-        return Filler("native", None, kept=keep)
+        return Filler("native", None, kept=keep, writes=write != 0)
 
 
 def capsule_address(capsule: object) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Providers read plainly: in this process, by Python, without the extension. For eager.py."""
+"""Providers read and written plainly: in this process, by Python, without the extension. For eager.py."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import threading
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
 
 from . import providers
-from .errors import UffdError
+from .errors import BudgetError, UffdError
 from .providers import hosted
 
-__all__ = ["Source", "source_of", "traceback_of", "words_of"]
+__all__ = ["Source", "batches", "callers_level", "memory_of", "number_of", "source_of", "text_of",
+           "traceback_of", "words_of"]
 
 _TRACEBACK_CHARS = 8192
 _SLAB_BYTES = 64 << 20              # of a Blosc2 array decoded at once, unless a row of it is larger
@@ -31,6 +32,7 @@ _CANARY_BYTES = 8
 _MANY = 16                          # requests for one call of read_many
 
 Request = tuple[int, np.ndarray]    # offset, and a view of the region's memory to be filled whole
+Piece = tuple[int, bytes]           # offset, and what to store there
 Offer = Callable[[int, np.ndarray], bool]
 
 
@@ -39,9 +41,11 @@ class NotFilled(UffdError, OSError):
 
 
 class Source:
-    """A provider being read. `open` may be called again; `read` fills every request whole or raises."""
+    """A provider in use. `open` may be called again; `read` fills every request whole or raises, `write` has stored
+    every one whole, or raises, and `flush` has made durable what was stored before."""
 
     nbytes: int | None = None
+    writes = False                  # whether it can; known once it is open
     is_zero = False                 # there is nothing to read
     batch = 1                       # requests that one `read` makes good use of
 
@@ -56,6 +60,14 @@ class Source:
 
     def fill(self, offset: int, out: np.ndarray) -> None: ...
 
+    def write(self, requests: list[Piece]) -> None:
+        for offset, data in requests:
+            self.store(offset, data)
+
+    def store(self, offset: int, data: bytes) -> None: ...
+
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -65,6 +77,40 @@ def source_of(provider: Any) -> Source:
         if isinstance(provider, kind):
             return source(provider)
     return _PythonSource(provider)
+
+
+def batches(runs: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    """As many at once as one call takes."""
+    batch: list[Any] = []
+    for run in runs:
+        batch.append(run)
+        if len(batch) == count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def memory_of(nbytes: int, name: str) -> mmap.mmap:
+    """Zeros, page-aligned, private to this process also after a fork."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        return mmap.mmap(-1, nbytes, **private)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise BudgetError(f"region {name!r}: {nbytes} bytes could not be had: {error}; without a userfaultfd a region "
+                          "must fit into memory") from error
+
+
+def callers_level() -> int:
+    """For a warning in the function that calls this: the first caller outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "uffd":
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def number_of(error: Exception) -> int:
+    return error.errno if isinstance(error, OSError) and error.errno else errno.EIO
 
 
 def words_of(error: Exception, number: int) -> str:
@@ -84,14 +130,22 @@ def traceback_of(error: Exception, provider: Any) -> str | None:
     return "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
 
 
+def text_of(error: Exception, provider: Any) -> str | None:
+    """What there is to tell beyond its errno: as a provider host would."""
+    return str(error.args[1]) if isinstance(error, NotFilled) else traceback_of(error, provider)
+
+
 # Providers that need no Python elsewhere -----------------------------------------------------------------------------
 
 
 class _Zero(Source):
     is_zero = True
 
-    def __init__(self, provider: providers.Zero) -> None:
+    def __init__(self, provider: providers.Zero | providers.Scratch) -> None:
         pass
+
+    def fill(self, offset: int, out: np.ndarray) -> None:
+        out[:] = 0
 
 
 class _Memory(Source):
@@ -107,9 +161,10 @@ class _Memory(Source):
 class _File(Source):
     def __init__(self, provider: providers.File) -> None:
         self.nbytes, self._offset, self._provider = provider.nbytes, provider._offset, provider
-        self._fd, self._own = provider._fd, False
+        self._fd, self._own, self.writes = provider._fd, False, bool(provider._made.writes)
         if provider._direct and os.path.isdir("/proc/self/fd"):  # O_DIRECT is particular about addresses and sizes
-            self._fd, self._own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC), True
+            how = os.O_RDWR if self.writes else os.O_RDONLY
+            self._fd, self._own = os.open(f"/proc/self/fd/{self._fd}", how | os.O_CLOEXEC), True
 
     def fill(self, offset: int, out: np.ndarray) -> None:
         view, at = memoryview(cast(Any, out)), offset + self._offset
@@ -118,6 +173,17 @@ class _File(Source):
             if done == 0:
                 raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
             view, at = view[done:], at + done
+
+    def store(self, offset: int, data: bytes) -> None:
+        view, at = memoryview(data), offset + self._offset
+        while view:
+            done = _write_at(self._fd, view, at)
+            if done == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            view, at = view[done:], at + done
+
+    def flush(self) -> None:
+        getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def close(self) -> None:
         if self._own:
@@ -137,13 +203,29 @@ def _read_at(fd: int, view: memoryview, offset: int) -> int:
     return len(data)
 
 
+def _write_at(fd: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, view, offset)
+    with _seek_lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, view)
+
+
 class _Native(Source):
     def __init__(self, provider: providers.Native) -> None:
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t)
         self._function, self._data, self._provider = kind(provider._address), provider._data, provider
+        self.writes = provider._write_address != 0
+        self._write = kind(provider._write_address) if self.writes else None
 
     def fill(self, offset: int, out: np.ndarray) -> None:
-        answer = self._function(self._data or None, offset, out.__array_interface__["data"][0], len(out))
+        self._check(self._function(self._data or None, offset, out.__array_interface__["data"][0], len(out)))
+
+    def store(self, offset: int, data: bytes) -> None:
+        assert self._write is not None, "only who writes is asked to"
+        self._check(self._write(self._data or None, offset, ctypes.cast(data, ctypes.c_void_p), len(data)))
+
+    def _check(self, answer: int) -> None:
         if answer:
             raise OSError(abs(answer), os.strerror(abs(answer)))
 
@@ -213,6 +295,7 @@ class _PythonSource(Source):
     def __init__(self, provider: hosted.Provider) -> None:
         self._provider = copy.copy(provider)
         self._takes_many = hosted.overrides(provider, "read_many")
+        self._stores_many = hosted.overrides(provider, "write_many")
         self._is_open = False
         self._pool: ThreadPoolExecutor | None = None
         self._buffers: deque[mmap.mmap] = deque()
@@ -230,9 +313,10 @@ class _PythonSource(Source):
             return
         self._provider.open()
         self._is_open = True
+        self.writes = hosted.writes(self._provider)
         threads = max(1, operator.index(self._provider.concurrency))
         self.batch = _MANY if self._takes_many else threads
-        if threads > 1 and not self._takes_many:
+        if threads > 1:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="uffd-provider")
 
     def read(self, requests: list[Request]) -> None:
@@ -247,7 +331,7 @@ class _PythonSource(Source):
 
     def _filled(self, requests: list[Request], read_many: Callable[[list[Request]], Any] | None) -> None:
         buffers = [self._buffer(len(out)) for _, out in requests]
-        before = [sys.getrefcount(buffer) for buffer in buffers]
+        before = _references(buffers)
         canary = np.frombuffer(os.urandom(_CANARY_BYTES), np.uint8)
         pairs = [(offset, np.frombuffer(buffer, np.uint8, len(out)))
                  for (offset, out), buffer in zip(requests, buffers, strict=True)]
@@ -263,9 +347,34 @@ class _PythonSource(Source):
                                            f"offset {offset} some were left as they were")
             out[:] = made
         del pairs, made
-        for buffer, count in zip(buffers, before, strict=True):
-            if sys.getrefcount(buffer) <= count:     # else the provider has kept it, and may have it
-                self._buffers.append(buffer)
+        self._take_back(buffers, before)
+
+    def write(self, requests: list[Piece]) -> None:
+        if self._stores_many and len(requests) > 1:
+            self._stored(requests, self._provider.write_many)
+        elif self._pool is not None and len(requests) > 1:
+            for _ in self._pool.map(lambda request: self._stored([request], None), requests):
+                pass
+        else:
+            for request in requests:
+                self._stored([request], None)
+
+    def _stored(self, requests: list[Piece], write_many: Callable[[list[Request]], Any] | None) -> None:
+        """In buffers of our own, as in a provider host: aligned, not writable, and dead afterwards."""
+        buffers = [self._buffer(len(data)) for _, data in requests]
+        before = _references(buffers)
+        pairs = [(offset, _holding(buffer, data)) for (offset, data), buffer in zip(requests, buffers, strict=True)]
+        answer: Any = self._provider.write(*pairs[0]) if write_many is None else write_many(list(pairs))
+        _check_answer("write" if write_many is None else "write_many", answer, sum(len(data) for _, data in requests))
+        del pairs
+        self._take_back(buffers, before)
+
+    def flush(self) -> None:
+        self._provider.flush()
+
+    def _take_back(self, buffers: list[mmap.mmap], before: list[int]) -> None:
+        after = _references(buffers)
+        self._buffers.extend(buffers[i] for i in range(len(buffers)) if after[i] <= before[i])    # else it was kept
 
     def _buffer(self, nbytes: int) -> mmap.mmap:
         try:
@@ -285,6 +394,17 @@ class _PythonSource(Source):
                           RuntimeWarning, stacklevel=4)
         finally:
             self._provider._session = None
+
+
+def _references(buffers: list[mmap.mmap]) -> list[int]:
+    return [sys.getrefcount(buffers[i]) for i in range(len(buffers))]
+
+
+def _holding(buffer: mmap.mmap, data: bytes) -> np.ndarray:
+    buffer[:len(data)] = data
+    view = np.frombuffer(buffer, np.uint8, len(data))
+    view.flags.writeable = False
+    return view
 
 
 class _Offers:
@@ -309,18 +429,21 @@ def _page_tails(made: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _check_answer(method: str, answer: Any, nbytes: int) -> None:
-    """None, or how many bytes it filled: all."""
+    """None, or how many bytes it filled or stored: all."""
     if answer is None:
         return
+    stores = method.startswith("write")
+    did, name = ("stored", "data") if stores else ("filled", "out")
     if isinstance(answer, bool) or not isinstance(answer, (int, np.integer)):
-        raise NotFilled(errno.EIO, f"wrong type: {method}() returned {type(answer).__name__}. It must fill `out` in "
-                                   "place (out[:] = ...) and return None, or the number of bytes it filled")
+        must = "store all of `data`" if stores else "fill `out` in place (out[:] = ...)"
+        raise NotFilled(errno.EIO, f"wrong type: {method}() returned {type(answer).__name__}. It must {must} and "
+                                   f"return None, or the number of bytes it {did}")
     if answer != nbytes:
-        word = "short fill" if answer < nbytes else "wrong size"
-        raise NotFilled(errno.EIO, f"{word}: {method}() says that it filled {answer} of the {nbytes} bytes of `out`")
+        word = f"short {'write' if stores else 'fill'}" if answer < nbytes else "wrong size"
+        raise NotFilled(errno.EIO, f"{word}: {method}() says that it {did} {answer} of the {nbytes} bytes of `{name}`")
 
 
 _SOURCES: tuple[tuple[Any, Any], ...] = (
-    (providers.Zero, _Zero), (providers.Memory, _Memory), (providers.File, _File),
+    (providers.Zero, _Zero), (providers.Scratch, _Zero), (providers.Memory, _Memory), (providers.File, _File),
     (providers.Blosc2File, _Blosc2File), (providers.Native, _Native),
 )

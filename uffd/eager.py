@@ -6,6 +6,7 @@ what is lost is laziness, and memory. Nothing here needs the extension. How each
 
 from __future__ import annotations
 
+import atexit
 import errno
 import inspect
 import mmap
@@ -16,31 +17,32 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from . import _plain, keys
+from . import _budget, _plain, keys
 from ._coreless import core as _core
 from ._coreless import reason as _no_core
-from ._machine import Machine
+from ._written import Closer, Written
 from .engine import Engine, fills_whole
 from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed
 from .region import (
-    Prefetch, Region, Where, _check_choice, _checked_block, _checked_engine, _checked_shape, _checked_size, _served,
-    _title, is_hosted,
+    Prefetch, Region, Where, _check_choice, _checked_block, _checked_engine, _checked_mode, _checked_shape,
+    _checked_size, _left_ns, _or_scratch, _served, _title, is_hosted,
 )
 from .stats import LatencyHistogram, Stats
 
 __all__ = ["EagerEngine", "EagerRegion", "region_at"]
 
 _RUN_BYTES = 512 << 10              # what is read at once, where a block is smaller
-_SHARE = 0.6                        # of the memory that is available; the rest is the program's own
 _PAUSES_S = (0.001, 1.0)            # before a second try, times four for each further one, at most
 _BUCKETS = 40                       # of a histogram, as the core's
 _regions: weakref.WeakValueDictionary[int, EagerRegion] = weakref.WeakValueDictionary()  # by address
 _lock = threading.RLock()           # of leases and counts: a lease can die while this very thread has it
+_closer = Closer()
 _shared: Engine | None = None
 _told = False
 
@@ -52,13 +54,36 @@ class EagerEngine(Engine):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         asked = inspect.signature(Engine.__init__).bind(self, *args, **options).arguments
+        self._asked = _budget.checked(asked.get("budget_bytes", "auto"))
+        self.hosts = operator.index(asked.get("hosts", 1))
+        if not 1 <= self.hosts <= _core.MAX_HOST_COUNT:
+            raise ValueError(f"hosts must be 1 to {_core.MAX_HOST_COUNT}, not {self.hosts}")
         _tell_once()
         self._threads = cast(Any, self)          # not None: open
         self._regions = weakref.WeakSet()
         self._ended = Stats()                    # of regions that are closed
-        self._budget = asked.get("budget_bytes", "auto")
         self.workers = 0
-        self.hosts = asked.get("hosts", 1)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The most that regions may hold now, None: no limit. Set it to a number, None or "auto"; BudgetError for less
+        than they hold: nothing can leave memory here."""
+        return None if self.closed else _budget.limit(self._asked, self.resident_bytes)
+
+    @budget_bytes.setter
+    def budget_bytes(self, asked: int | str | None) -> None:
+        if self.closed:
+            raise ValueError("the engine is closed")
+        asked, held = _budget.checked(asked), self.resident_bytes
+        if isinstance(asked, int) and asked < held:
+            raise BudgetError(f"a budget of {asked} bytes: regions hold {held}, and without a userfaultfd nothing of "
+                              "them can leave memory; close some")
+        self._asked = asked
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all regions: all are in memory."""
+        return sum(region.nbytes for region in list(self._regions) if region._memory is not None)
 
     def stats(self) -> Stats:
         """The sum over all regions, those included that are closed."""
@@ -69,20 +94,28 @@ class EagerEngine(Engine):
         return total
 
     def close(self) -> None:
-        """Closes all regions; idempotent. BufferError, with nothing done, while arrays live."""
+        """Closes all regions, as their `close` does; idempotent. BufferError, with nothing done, while arrays live."""
         if self._threads is None:
             return
         using = [region.name for region in list(self._regions) if region.exports]
         if using:
             raise BufferError(f"arrays of {len(using)} regions are in use (the first: {using[0]!r}); drop them first, "
                               "or leave the engine as a context manager, which waits for them")
+        self.flush()
+        for region in list(self._regions):
+            region.close()
         self._leave()
 
     def _leave(self) -> None:
-        self._end_monitors()
-        self._threads = None
-        for region in list(self._regions):
-            region._shut_when_unused()
+        if self._threads is None:
+            return
+        try:
+            self.flush()
+        finally:
+            self._end_monitors()
+            self._threads = None
+            for region in list(self._regions):
+                region._shut_when_unused()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(list(self.regions))} regions"
@@ -93,40 +126,58 @@ class EagerRegion(Region):
     """What `Region` is in such an engine: all blocks are read in the constructor, in this thread, and stay.
 
     Blocks until then. ProviderError for a block that could not be filled after `retries` more tries; BudgetError where
-    memory lacks. backing, delivery, readahead_bytes and on_error are checked and have no effect, timeout_s bounds the
-    tries of a block, but ends none that hangs. All other methods return at once. A provider in Python runs here, under
-    the interpreter lock: open, read of all blocks, close.
+    memory lacks. backing, delivery, readahead_bytes, volatile and on_error are checked and have no effect, timeout_s
+    bounds the tries of a block, but ends none that hangs. A provider in Python runs here, under the interpreter lock:
+    open, read of all blocks, and close, at once or, in mode "r+", when the region goes. Nobody sees writes: `flush`,
+    and `evict` and `dirty` of mode "r+", compare a checksum of each block, which takes about a second for a GiB.
     """
 
-    def __init__(self, nbytes: int | None, provider: Any, *, engine: Engine | None = None, name: str | None = None,
-                 mode: str | None = None, block_bytes: int = 65536, backing: str = "anon", delivery: str = "auto",
-                 readahead_bytes: int | None = None, on_error: str = "poison", retries: int = 3,
-                 timeout_s: float = 30.0) -> None:
-        options: dict[str, Any] = {"name": name, "mode": mode, "block_bytes": block_bytes, "backing": backing,
-                                   "delivery": delivery, "readahead_bytes": readahead_bytes, "on_error": on_error,
-                                   "retries": retries, "timeout_s": timeout_s}
-        _check_options(provider, **options)
+    mode = "c"
+    _memory: mmap.mmap | None = None             # of one whose constructor failed, too
+    _source: _plain.Source | None = None         # in mode "r+": open, for the process that opened it
+    _written: Written | None = None              # the same
+
+    def __init__(self, nbytes: int | None, provider: Any = None, *, engine: Engine | None = None,
+                 name: str | None = None, mode: str | None = None, block_bytes: int = 65536, backing: str = "anon",
+                 delivery: str = "auto", readahead_bytes: int | None = None, volatile: bool = False,
+                 on_error: str = "poison", retries: int = 3, timeout_s: float = 30.0) -> None:
+        provider = _or_scratch(provider)
+        options: dict[str, Any] = dict(
+            name=name, mode=mode, block_bytes=block_bytes, backing=backing, delivery=delivery, volatile=volatile,
+            readahead_bytes=readahead_bytes, on_error=on_error, retries=retries, timeout_s=timeout_s)
+        served = _served(provider)
+        _check_options(**options)
         engine = _checked_engine(engine)
-        self.block_bytes, self.name, self.mode = int(block_bytes), _title(provider) if name is None else str(name), \
-            mode or "c"
+        self.block_bytes, self.name = int(block_bytes), _title(provider) if name is None else str(name)
         self.backing, self.delivery = backing, "thread" if delivery == "auto" else delivery
         self.engine, self.provider, self._options = engine, provider, options
         self._retries, self._timeout_s = operator.index(retries), float(timeout_s)
-        self._leases, self._leaving = 0, False
-        self._tried: dict[str, Any] = {"retries": 0, "errors": 0}
-        self._fill_times = [0] * _BUCKETS
-        self._memory: mmap.mmap | None = None
+        self._leases, self._leaving, self._pid = 0, False, os.getpid()
+        self._io = threading.RLock()             # one call of the source at a time
+        self._unused_since_flush = False
+        self._tried: dict[str, int] = dict.fromkeys(
+            ("retries", "errors", "written_back", "bytes_written", "write_errors"), 0)
+        self._fill_times, self._write_times = [0] * _BUCKETS, [0] * _BUCKETS
+        self._text: str | None = None            # the traceback of the last write that failed
         self._present: np.ndarray = np.zeros(0, bool)
-        source = _plain.source_of(_served(provider))
+        self._pins: np.ndarray = np.zeros(0, np.uint32)
+        source = _plain.source_of(served)
         try:
             self._fill(source, nbytes)
+            if self.mode == "r+":
+                self._written = Written(self._bytes, self.block_bytes)
+                source.begin(_takes_none)        # else it would keep this region
+                self._source = source
         except BaseException:
             self._free()
             raise
         finally:
-            source.close()
+            if self._source is None:
+                source.close()
         engine._regions.add(self)
         _regions[self._address] = self
+        if self.mode == "r+":
+            _closer.expect(self)
 
     # ---- filling ----
 
@@ -134,17 +185,19 @@ class EagerRegion(Region):
 
     def _fill(self, source: _plain.Source, nbytes: int | None) -> None:
         source.begin(self._offered)
-        if nbytes is None and source.nbytes is None:
-            self._attempt(source.open, 0, 0, self._retries)      # a provider may know its size only now
+        if is_hosted(_served(self.provider)):    # one in Python may know its size, and whether it writes, only now
+            self._attempt(source.open, 0, 0)
         self.nbytes = _checked_size(nbytes, source.nbytes, self.provider)
+        self.mode = _checked_mode(self._options["mode"], source.writes, self._options["volatile"], self.provider)
         _check_budget(self)
-        self._memory = _memory_of(self.nbytes, self.name)
+        self._memory = _plain.memory_of(self.nbytes, self.name)
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self._address = self._bytes.__array_interface__["data"][0]
         self._present = np.zeros(-(-self.nbytes // self.block_bytes), bool)
+        self._pins = np.zeros(len(self._present), np.uint32)
         if not source.is_zero:
-            self._attempt(source.open, 0, min(self.block_bytes, self.nbytes), self._retries)
-            for batch in _batches(self._runs_missing(), source.batch):
+            self._attempt(source.open, 0, min(self.block_bytes, self.nbytes))
+            for batch in _plain.batches(self._runs_missing(), source.batch):
                 self._fill_batch(source, batch)
         self._present[:] = True
 
@@ -171,29 +224,34 @@ class EagerRegion(Region):
             for offset, stop in batch:
                 for at in range(offset, stop, self.block_bytes):
                     out = self._bytes[at:min(at + self.block_bytes, stop)]
-                    self._attempt(lambda at=at, out=out: source.read([(at, out)]), at, len(out), self._retries)
+                    self._attempt(lambda at=at, out=out: source.read([(at, out)]), at, len(out))
         for offset, stop in batch:
             self._present[offset // self.block_bytes:-(-stop // self.block_bytes)] = True
-        took_ns = max(1, time.perf_counter_ns() - began)
-        self._fill_times[min(took_ns.bit_length() - 1, _BUCKETS - 1)] += 1
+        _note_time(self._fill_times, began)
 
-    def _attempt(self, call: Any, offset: int, nbytes: int, retries: int) -> None:
-        deadline, pause_s = time.monotonic() + self._timeout_s, _PAUSES_S[0]
-        for tries in range(1, retries + 2):
+    def _attempt(self, call: Callable[[], Any], offset: int, nbytes: int) -> None:
+        error, tries = self._try(call, "errors")
+        if error is not None:
+            raise self._failure(error, offset, nbytes, tries) from error
+
+    def _try(self, call: Callable[[], Any], counter: str) -> tuple[Exception | None, int]:
+        """Calls it up to `retries` more times, within timeout_s: what it raised at last, or None; how many tries."""
+        deadline, pause_s, tries = time.monotonic() + self._timeout_s, _PAUSES_S[0], 1
+        while True:
             try:
                 call()
-                return
+                return None, tries
             except Exception as error:
-                self._count("errors")
-                late = time.monotonic() + pause_s > deadline
-                if tries > retries or late:
-                    raise self._failure(error, offset, nbytes, tries) from error
-            self._count("retries")
+                self._count(counter)
+                if tries > self._retries or time.monotonic() + pause_s > deadline:
+                    return error, tries
+            if counter == "errors":
+                self._count("retries")
             time.sleep(pause_s)
-            pause_s = min(4 * pause_s, _PAUSES_S[1])
+            pause_s, tries = min(4 * pause_s, _PAUSES_S[1]), tries + 1
 
     def _failure(self, error: Exception, offset: int, nbytes: int, tries: int) -> ProviderError:
-        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        number = _plain.number_of(error)
         message = (f"region {self.name!r}: block at offset {offset} ({nbytes} bytes) could not be filled from "
                    f"{_title(self.provider)} after {tries} tries: {_plain.words_of(error, number)}")
         return ProviderError(number, message, region=self.name, offset=offset, nbytes=nbytes, tries=tries,
@@ -215,9 +273,9 @@ class EagerRegion(Region):
                 self._present[block] = taken = True
         return taken
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, more: int = 1) -> None:
         with _lock:
-            self._tried[name] += 1
+            self._tried[name] += more
 
     # ---- arrays ----
 
@@ -235,6 +293,7 @@ class EagerRegion(Region):
             shape = ((self.nbytes - offset) // dtype.itemsize if dtype.itemsize else 0,)
         with _lock:
             self._check_open()
+            self._unused_since_flush = False
             flat = np.asarray(_Lease(self))
         return np.ndarray(_checked_shape(shape), dtype, buffer=flat, offset=offset, order=order)
 
@@ -246,14 +305,23 @@ class EagerRegion(Region):
 
     @contextmanager
     def pinned(self, where: Where = None) -> Any:
-        """A context in which nothing changes: all is resident, and stays so."""
-        self._runs(where)
-        yield self
+        """A context in which `where` stays as it is: all is resident anyway, and `discard` refuses it."""
+        with self._pin(self._runs(where), True):
+            yield self
 
     @contextmanager
     def _pin(self, runs: np.ndarray, writable: bool) -> Any:
         self._check_open()
-        yield
+        pairs = np.asarray(runs, np.int64).reshape(-1, 2).tolist()
+        with _lock:
+            for first, end in pairs:
+                self._pins[first:end] += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                for first, end in pairs:
+                    self._pins[first:end] -= 1
 
     def _populate(self, runs: np.ndarray, timeout_s: float | None) -> None:
         self._check_open()
@@ -272,18 +340,21 @@ class EagerRegion(Region):
         return np.ones(self.block_count, bool)
 
     def dirty(self) -> np.ndarray:
-        """Bool, one per block: of a writable region all of them, since nobody sees writes here."""
+        """Bool, one per block: in mode "r+" those whose bytes differ from what was read or written back; in mode "c"
+        all of them, since nobody sees writes here."""
         self._check_open()
-        return np.full(self.block_count, self.mode != "r")
+        written = self._written
+        return np.full(self.block_count, self.mode != "r") if written is None else written.dirty()
 
     def stats(self) -> Stats:
-        """What reading the provider took: blocks_prefetch, bytes_filled, retries, errors and the latencies `fill`."""
+        """What the provider took: blocks_prefetch, bytes_filled, retries, errors, and the latencies `fill`; of writes
+        written_back, bytes_written, write_errors, and the latencies `write`."""
         self._check_open()
         return self._stats()
 
     def _stats(self) -> Stats:
         return Stats(blocks_prefetch=self.block_count, bytes_filled=self.nbytes, **self._tried,
-                     fill=LatencyHistogram(tuple(self._fill_times)))
+                     fill=LatencyHistogram(tuple(self._fill_times)), write=LatencyHistogram(tuple(self._write_times)))
 
     def _stats_or_none(self) -> Stats | None:
         return None if self._memory is None else self._stats()
@@ -308,30 +379,191 @@ class EagerRegion(Region):
     def closed(self) -> bool:
         return self._memory is None or self._leaving
 
+    # ---- back to the provider ----
+
+    def evict(self, where: Where = None) -> int:
+        """0: nothing can leave memory here. What was written to `where` is written back, in mode "r+"; as `flush`."""
+        runs = self._runs(where)
+        if self.mode == "r+":
+            self._write_back(runs, None)
+        return 0
+
+    def discard(self, where: Where = None) -> None:
+        """Reads the blocks of `where` again, whatever was written to them and not written back. Blocks until then.
+        ValueError for a block that is pinned, ProviderError for one that can't be read: it stays, those before it are
+        read."""
+        runs = self._runs(where).tolist()
+        per_run = max(1, _RUN_BYTES // self.block_bytes)
+        with self._reading() as source:
+            for first, end in runs:
+                for at in range(first, end, per_run):
+                    self._refill(source, at, min(at + per_run, end))
+
+    @contextmanager
+    def _reading(self) -> Any:
+        """The source, open, and nobody else's meanwhile. Of another process it is another's."""
+        if self._source is not None and os.getpid() == self._pid:
+            with self._io:
+                self._check_open()
+                yield self._source
+            return
+        source = _plain.source_of(_served(self.provider))
+        source.begin(_takes_none)
+        try:
+            self._attempt(source.open, 0, 0)
+            yield source
+        finally:
+            source.close()
+
+    def _refill(self, source: _plain.Source, first: int, end: int) -> None:
+        held, written = self._bytes, self._written
+        offset, stop = first * self.block_bytes, min(end * self.block_bytes, self.nbytes)
+        fresh = np.empty(stop - offset, np.uint8)        # in place, a read that fails would leave half of it
+        with _lock:
+            pinned = np.flatnonzero(self._pins[first:end])
+        if len(pinned):
+            if pinned[0]:
+                self._refill(source, first, first + int(pinned[0]))
+            raise ValueError(f"region {self.name!r}: the block at offset {(first + int(pinned[0])) * self.block_bytes} "
+                             "is pinned, and can't be discarded")
+        began = time.perf_counter_ns()
+        self._attempt(lambda: source.read([(offset, fresh)]), offset, len(fresh))
+        held[offset:stop] = fresh
+        if written is not None:
+            written.keep(first, fresh)
+        _note_time(self._fill_times, began)
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """As Region.flush. It compares all blocks first; timeout_s ends no call of the provider that hangs."""
+        self._check_open()
+        self._flush(timeout_s)
+
+    def _flush(self, timeout_s: float | None) -> None:
+        if self.mode != "r+" or os.getpid() != self._pid:
+            return
+        with self._io:
+            source, unused = self._source, self._leases == 0
+            if source is None:
+                raise RegionClosed(f"region {self.name!r} is closed")
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            self._unused_since_flush = unused    # if it fails, the caller is told, and who leaves tries it once
+            self._write_back(np.array([[0, self.block_count]]), timeout_s)
+            error, tries = self._try(source.flush, "write_errors")
+            if error is not None:
+                number = _plain.number_of(error)
+                raise ProviderError(number, f"region {self.name!r}: {_title(self.provider)} could not make durable "
+                                    f"what was written: {_plain.words_of(error, number)}", region=self.name, offset=0,
+                                    nbytes=self.nbytes, tries=tries,
+                                    provider_traceback=_plain.traceback_of(error, self.provider)) from error
+            if _left_ns(deadline) == 0:
+                raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: written, but not made durable in "
+                                   f"{timeout_s} s")
+
+    def _write_back(self, runs: np.ndarray, timeout_s: float | None) -> None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        failed: list[tuple[int, int, int]] = []
+        with self._io:
+            source, written = self._source, self._written
+            if source is None or written is None:
+                raise RegionClosed(f"region {self.name!r} is closed")
+            for batch in _plain.batches(written.changed(np.asarray(runs).tolist(), _RUN_BYTES), source.batch):
+                if _left_ns(deadline) == 0:
+                    raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: not written back within {timeout_s} s; "
+                                       f"{int(written.dirty().sum())} blocks are left")
+                failed += self._write_batch(source, written, batch)
+        if failed:
+            raise self._write_error(failed)
+
+    def _write_batch(self, source: _plain.Source, written: Written,
+                     batch: list[tuple[int, bytes]]) -> list[tuple[int, int, int]]:
+        """(block, errno, tries) of those that failed."""
+        pieces = [(block * self.block_bytes, data) for block, data in batch]
+        began = time.perf_counter_ns()
+        error, tries = self._try(lambda: source.write(pieces), "write_errors")
+        _note_time(self._write_times, began)
+        counts = [-(-len(data) // self.block_bytes) for _, data in batch]
+        if error is not None:
+            number, self._text = _plain.number_of(error), _plain.text_of(error, self.provider)
+            return [(block + i, number, tries) for (block, _), n in zip(batch, counts, strict=True) for i in range(n)]
+        for block, data in batch:
+            written.keep(block, data)
+        self._count("written_back", sum(counts))
+        self._count("bytes_written", sum(len(data) for _, data in batch))
+        return []
+
+    def _text_of(self, block: int) -> str | None:
+        return self._text
+
+    def _unflushed(self) -> bool:
+        """Whether there may be bytes that the provider lacks, and they are this process's to write."""
+        return self.mode == "r+" and self._memory is not None and not self._unused_since_flush \
+            and os.getpid() == self._pid
+
     # ---- life ----
 
     def close(self) -> None:
-        """Frees the memory; idempotent. BufferError while arrays of it live."""
+        """Flushes the region and frees its memory; idempotent. BufferError while arrays of it live, ProviderError when
+        it can't be flushed: it stays open then."""
         with _lock:
-            if self._leases:
-                raise BufferError(f"region {self.name!r}: {self._leases} arrays are in use")
-            self._free()
+            self._refuse_while_used()
+        if self.closed:
+            return
+        try:
+            self._flush(None)
+        except BaseException:
+            self._unused_since_flush = False     # it stays open, and is tried again when it goes
+            raise
+        with _lock:
+            self._refuse_while_used()
+            source = self._free()
+        if source is not None:
+            source.close()
+
+    def _refuse_while_used(self) -> None:
+        if self._leases:
+            raise BufferError(f"region {self.name!r}: {self._leases} arrays are in use")
 
     def _shut_when_unused(self) -> None:
+        source = None
         with _lock:
-            if self._leases:
-                self._leaving = True
-            else:
-                self._free()
+            self._leaving = True
+            if not self._leases:
+                if self._unflushed():
+                    _closer.put(self)
+                else:
+                    source = self._free()
+        if source is not None:
+            source.close()
 
     def _lease_ended(self) -> None:
+        """Maybe in the garbage collector: a provider is called by another thread."""
         with _lock:
             self._leases -= 1
             if self._leaving and not self._leases:
-                self._free()
+                if self._source is not None and os.getpid() == self._pid:
+                    _closer.put(self)
+                else:
+                    self._free()
 
-    def _free(self) -> None:
+    def __del__(self) -> None:
+        if self.mode == "r+" and self._memory is not None and os.getpid() == self._pid:
+            _closer.put(self)
+
+    def _end(self) -> None:
+        """By the closer, when nobody has it any more."""
+        try:
+            if self._unflushed():
+                self._flush(self._timeout_s)
+        finally:
+            with _lock:
+                source = None if self._leases else self._free()
+            if source is not None:
+                source.close()
+
+    def _free(self) -> _plain.Source | None:
+        """The source, to be closed, if it is open and this process's."""
         memory, self._memory = self._memory, None
+        source, self._source, self._written = self._source, None, None
         if memory is not None:
             self.engine._ended = self.engine._ended + self._stats()
             self.engine._regions.discard(self)
@@ -341,6 +573,10 @@ class EagerRegion(Region):
                 memory.close()
             except BufferError:                  # a traceback still holds a view of it, and frees it when it goes
                 pass
+        if source is None or os.getpid() != self._pid:
+            return None
+        _closer.gone()
+        return source
 
     def _check_open(self) -> None:
         if self.closed:
@@ -354,6 +590,10 @@ class EagerRegion(Region):
 
             provider = Portable(provider)
         return _remade, (self.nbytes, provider, self._options)
+
+
+def _takes_none(offset: int, data: np.ndarray) -> bool:
+    return False
 
 
 class _Lease:
@@ -391,14 +631,13 @@ def _remade(nbytes: int, provider: Any, options: dict[str, Any]) -> Region:
 # ---- checks -----------------------------------------------------------------------------------------------------
 
 
-def _check_options(provider: Any, *, mode: str | None, block_bytes: int, backing: str, delivery: str,
-                   readahead_bytes: int | None, on_error: str, retries: int, timeout_s: float, name: Any) -> None:
+def _check_options(*, mode: str | None, block_bytes: int, backing: str, delivery: str,
+                   readahead_bytes: int | None, on_error: str, retries: int, timeout_s: float, volatile: bool,
+                   name: Any) -> None:
     _check_choice("mode", mode, (None, "r", "c", "r+"))
     _check_choice("backing", backing, ("anon", "shared"))
     _check_choice("delivery", delivery, ("auto", "thread", "inline"))
     _check_choice("on_error", on_error, ("poison", "wait"))
-    if mode == "r+":
-        raise ValueError(f"mode 'r+' needs a provider that can write, and {_title(provider)} can't; use 'c'")
     _checked_block(block_bytes)
     if operator.index(retries) < 0 or not timeout_s > 0:
         raise ValueError(f"retries must be >= 0 and timeout_s > 0, not {retries} and {timeout_s}")
@@ -412,89 +651,47 @@ def _tell_once() -> None:
         _told = True
         why = _no_core or f"no userfaultfd can be had ({os.strerror(_core.mode()[1])})"
         warnings.warn(f"fallback 'eager': {why}, so regions are filled whole when they are made, and must fit into "
-                      "memory. `python -m uffd probe` names the cure", DegradedWarning, stacklevel=_callers_level())
-
-
-def _callers_level() -> int:
-    """For a warning in the function that calls this: the first caller outside of this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "uffd":
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-# ---- memory -----------------------------------------------------------------------------------------------------
-
-
-def _batches(runs: Any, count: int) -> Any:
-    batch = []
-    for run in runs:
-        batch.append(run)
-        if len(batch) == count:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _memory_of(nbytes: int, name: str) -> mmap.mmap:
-    """Zeros, page-aligned, private to this process also after a fork."""
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    try:
-        return mmap.mmap(-1, nbytes, **private)
-    except (OSError, MemoryError, OverflowError) as error:
-        raise BudgetError(f"region {name!r}: {nbytes} bytes could not be had: {error}; without a userfaultfd a region "
-                          "must fit into memory") from error
+                      "memory. `python -m uffd probe` names the cure", DegradedWarning,
+                      stacklevel=_plain.callers_level())
 
 
 def _check_budget(region: EagerRegion) -> None:
-    limit, held = _limit_bytes(region.engine), sum(other.nbytes for other in list(_regions.values()))
-    room, whence = (limit - held, "the budget") if limit is not None else (_available_bytes(), "memory")
-    if room is not None and region.nbytes > room:
-        raise BudgetError(f"region {region.name!r} of {region.nbytes} bytes: {whence} has room for {max(0, room)} "
-                          f"(60 % of what is available, or UFFD_BUDGET_BYTES; regions hold {held}). Without a "
-                          "userfaultfd a region must fit into memory: take less of the data, or see "
-                          "`python -m uffd probe`")
+    held, most = region.engine.resident_bytes, region.engine.budget_bytes
+    if most is not None and region.nbytes > most - held:
+        raise BudgetError(f"region {region.name!r} of {region.nbytes} bytes: the budget has room for "
+                          f"{max(0, most - held)} (budget_bytes, or UFFD_BUDGET_BYTES, else 60 % of what memory there "
+                          f"is: {most}; regions hold {held}). Without a userfaultfd a region must fit into memory: "
+                          "take less of the data, or see `python -m uffd probe`")
 
 
-def _limit_bytes(engine: Engine) -> int | None:
-    """What all regions of this kind may hold, where the user said so."""
-    asked: Any = getattr(engine, "_budget", "auto")
-    text = os.environ.get("UFFD_BUDGET_BYTES") if asked == "auto" else None
-    if text:
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError(f"UFFD_BUDGET_BYTES must be a number of bytes, not {text!r}") from None
-    return None if asked == "auto" else 1 << 62 if asked is None else operator.index(asked)
+def _note_time(times: list[int], began_ns: int) -> None:
+    took_ns = max(1, time.perf_counter_ns() - began_ns)
+    times[min(took_ns.bit_length() - 1, _BUCKETS - 1)] += 1
 
 
-def _available_bytes() -> int | None:
-    """60 % of what the machine and each of our cgroups have left; None where nobody tells."""
-    machine = Machine()
-    known: list[int | None] = [machine.available_bytes(), *_cgroup_rooms_bytes(machine)]
-    if known[0] is None and hasattr(os, "sysconf"):
-        name = next((name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in os.sysconf_names), None)
-        known[0] = os.sysconf(name) * _core.PAGE_BYTES if name else None
-    found = [room for room in known if room is not None and room >= 0]
-    return int(_SHARE * min(found)) if found else None
+# ---- the end ----------------------------------------------------------------------------------------------------
 
 
-def _cgroup_rooms_bytes(machine: Machine) -> list[int]:
-    """Limit less use, of our cgroups and those above them; file pages that nobody uses now are room."""
-    rooms = []
-    for line in (machine.read("/proc/self/cgroup") or "").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount, limit, use, idle = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-                                   "total_inactive_file") if controllers else \
-                                  ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
-        parts = [part for part in path.split("/") if part]
-        for folder in [mount] + [f"{mount}/{'/'.join(parts[:n])}" for n in range(1, len(parts) + 1)]:
-            numbers = [machine.read(f"{folder}/{name}") or "" for name in (limit, use)]
-            if all(number.isdigit() for number in numbers):
-                words = (machine.read(f"{folder}/memory.stat") or "").split()
-                unused = int(words[words.index(idle) + 1]) if idle in words else 0
-                rooms.append(max(0, int(numbers[0]) - int(numbers[1]) + unused))
-    return rooms
+def _flush_at_exit() -> None:
+    """Regions that are open, or left with arrays in use, within their timeout_s; one that fails hides no other."""
+    for region in list(_regions.values()):
+        if region._unflushed():
+            try:
+                region._flush(region._timeout_s)
+            except Exception:
+                sys.excepthook(*sys.exc_info())
+        source, region._source = region._source, None
+        if source is not None and os.getpid() == region._pid:
+            source.close()                       # what is written from here on is lost
+    _closer.end()
+
+
+def _after_fork() -> None:
+    """The thread that had the lock is not here; nor is the closer."""
+    global _lock, _closer
+    _lock, _closer = threading.RLock(), Closer()
+
+
+atexit.register(_flush_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -193,9 +193,10 @@ class Native(_NativeProvider):
     def __init__(self, function: Any, user_data: Any = None, *, write: Any = None, inline_safe: bool = False) -> None:
         address, context = _function_address(function)
         data, kept = (context, None) if user_data is None else _data_address(user_data)
+        write_address = 0 if write is None else _function_address(write)[0]
         self._made = _core.Filler.native_pointer(address, data, bool(inline_safe), (function, user_data, kept, write),
-                                                 0 if write is None else _function_address(write)[0])
-        self._address, self._data = address, data
+                                                 write_address)
+        self._address, self._data, self._write_address = address, data, write_address
         name = getattr(function, "__name__", type(function).__name__)
         self.title = f"Native({name})"
 
