@@ -161,11 +161,84 @@ def test_mode_r_is_not_writeable(tmp_path, shape):
         array[...] = 1
 
 
-@pytest.mark.parametrize("mode, match", [("r+", "write back"), ("w", "not one of"), (None, "not one of")])
+@pytest.mark.parametrize("mode, match", [("w", "not one of"), (None, "not one of")])
 def test_other_modes_are_refused(tmp_path, mode, match):
     np.save(tmp_path / "a.npy", np.arange(3))
     with pytest.raises(ValueError, match=match):
         uffd.open(tmp_path / "a.npy", mode=mode)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_mode_rplus_writes_a_npy(tmp_path, order):
+    """Goal: what was written is in the file after a flush and after the array's region was left, where np.load finds
+    it; header and size stay, and so do bytes behind the array."""
+    path = tmp_path / "a.npy"
+    expected = np.array(some_array("<i4", (300, 500)), order=order)
+    np.save(path, expected)
+    with open(path, "ab") as file:
+        file.write(b"behind")
+    file_bytes = path.stat().st_size
+    array = uffd.open(path, mode="r+")
+    with uffd.region_of(array) as region:
+        assert region.mode == "r+"
+        array[7:9] = expected[7:9] = -1
+        array[-1, -1] = expected[-1, -1] = 5
+        region.flush()
+        assert_same_bits(np.load(path), expected)
+        array[100] = expected[100] = 17
+        del array
+    assert_same_bits(np.load(path), expected)
+    assert path.stat().st_size == file_bytes
+    assert path.read_bytes().endswith(b"behind")
+
+
+@pytest.mark.parametrize("kind", ["file", "sharded", "directory"])
+def test_mode_rplus_writes_safetensors(tmp_path, kind):
+    """Goal: each tensor reaches its own shard, others and the headers stay. Method: read back by a fresh open."""
+    arrays = {"a": ("F32", some_array("<f4", (1000, 40))), "b": ("I64", some_array("<i8", (3, 5), 1))}
+    if kind == "file":
+        path = write_safetensors(tmp_path / "m.safetensors", arrays)
+    else:
+        path = write_sharded(tmp_path, [{name: entry} for name, entry in arrays.items()])
+        path = tmp_path if kind == "directory" else path
+    files = sorted(tmp_path.glob("*.safetensors"))
+    sizes = [file.stat().st_size for file in files]
+    tensors = uffd.open(path, mode="r+")
+    b = tensors["b"]
+    b[1] = 99
+    uffd.region_of(b).flush()
+    again = uffd.open(path, mode="r")
+    assert (again["b"][1] == 99).all()
+    assert_same_bits(again["b"][::2], arrays["b"][1][::2])
+    assert_same_bits(again["a"], arrays["a"][1])
+    assert [file.stat().st_size for file in files] == sizes
+
+
+def test_mode_rplus_of_an_empty_array(tmp_path):
+    np.save(tmp_path / "a.npy", np.empty((0, 3)))
+    assert uffd.open(tmp_path / "a.npy", mode="r+").flags.writeable
+
+
+def test_mode_rplus_is_refused_for_all_else(tmp_path, blosc2):
+    """Goal: a ValueError that says what the thing is, before anything is made."""
+    np.save(tmp_path / "a.npy", some_array("<f8", (1000,)))
+    uffd.pack(tmp_path / "a.npy", tmp_path / "a.b2frame")
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "zarr.json").write_text("{}")
+    for thing, what in (("a.b2frame", "a Blosc2 frame"), ("z", "a zarr store")):
+        with pytest.raises(ValueError, match=f"this is {what}: use 'c'"):
+            uffd.open(tmp_path / thing, mode="r+")
+    with pytest.raises(ValueError, match="this is a URL: use 'c'"):
+        uffd.open("https://127.0.0.1:1/a.npy", mode="r+")
+
+
+def test_mode_rplus_of_a_file_that_may_not_be_written(tmp_path):
+    np.save(tmp_path / "a.npy", some_array("<f8", (1000,)))
+    (tmp_path / "a.npy").chmod(0o400)
+    if os.access(tmp_path / "a.npy", os.W_OK):
+        pytest.skip("root may write to any file")
+    with pytest.raises(PermissionError):
+        uffd.open(tmp_path / "a.npy", mode="r+")
 
 
 def test_options_reach_the_region(tmp_path, engine):

