@@ -26,7 +26,9 @@ def main(argv=None) -> int:
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="uffd demo", description="Open a real model lazily and check every value.")
+    parser = argparse.ArgumentParser(prog="uffd demo", description="Open a real model lazily, then use a table that is larger than its "
+                                                 "memory; every value is checked. At most a minute.")
+    parser.add_argument("--part", type=int, choices=(1, 2), help="this part alone (1: files, 2: memory elsewhere)")
     parser.add_argument("--data", metavar="PATH", type=Path,
                         help="a .safetensors, .npy or .b2nd file of yours instead of the model")
     parser.add_argument("--words", metavar="A-B,C-D", default=_PAIRS,
@@ -34,6 +36,12 @@ def _parser():
     parser.add_argument("--png", metavar="PATH", type=Path, help="where the picture of the resident blocks goes "
                         "(default: uffd-demo.png here, or under TMPDIR where this directory can't be written)")
     parser.add_argument("--keep", action="store_true", help="keep the packed file and say where it is")
+    parser.add_argument("--budget-bytes", metavar="N", type=int, default=64 << 20, help="part 2: the budget; the table is "
+                        "four times as large (default: %(default)s)")
+    parser.add_argument("--seconds", metavar="S", type=float, default=4.0, help="part 2: how long each way looks rows up "
+                        "(default: %(default)g)")
+    parser.add_argument("--store", choices=("redis", "scratch"), help="part 2: where the table is kept (default: redis, "
+                        "where there is a server program)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     return parser
 
@@ -52,19 +60,34 @@ def _run(options):
     # Not at the head of this module: the libraries above have to be there first.
     import uffd
 
-    from . import part1_model
     from ._eager import DataError
-    from ._screen import Screen
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", uffd.DegradedWarning)   # the screen says it in a line of its own
-            result = part1_model.run(path, screen=Screen(quiet=options.json), pairs=pairs, keep=options.keep,
-                                     png=options.png or _default_png())
+            result = _parts(path, pairs, options)
     except (DataError, uffd.UffdError, OSError) as error:
         return _refuse(str(error))
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["same_bits"] else 1
+
+
+def _parts(path, pairs, options):
+    """The figures of part one, with those of part two under "part2"; "same_bits" is true if they were so in both."""
+    from . import part1_model, part2_memory
+    from ._screen import Screen
+
+    screen = Screen(quiet=options.json)
+    result = {"same_bits": True}
+    if options.part != 2:
+        result = part1_model.run(path, screen=screen, pairs=pairs, keep=options.keep, png=options.png or _default_png())
+    if options.part is None:
+        screen.line()
+    if options.part != 1:
+        result["part2"] = part2_memory.run(path, screen=screen, pairs=pairs, budget_bytes=options.budget_bytes,
+                                           seconds=options.seconds, store=options.store)
+        result["same_bits"] &= result["part2"]["same_bits"]
+    return result
 
 
 def model_path() -> Path | None:

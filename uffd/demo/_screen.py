@@ -83,20 +83,20 @@ class Screen:
 
     @contextmanager
     def bar(self, name):
-        """A bar for a step: yields update(done, total, residency=None). It is gone when the step ends."""
+        """A bar for a step: yields update(done, total, residency=None, note=""). It is gone when the step ends."""
         if not self.moving:
-            yield lambda done, total, residency=None: None
+            yield lambda done, total, residency=None, note="": None
             return
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
             last_s = 0.0
 
-            def update(done, total, residency=None):
+            def update(done, total, residency=None, note=""):
                 nonlocal last_s
                 now_s = time.monotonic()
                 if now_s - last_s < _REDRAW_S and done < total:
                     return
                 last_s = now_s
-                rows = [Text(f"{name}  {100 * done / max(total, 1):3.0f} %"),
+                rows = [Text(f"{name}  {100 * done / max(total, 1):3.0f} %  {note}", no_wrap=True, overflow="ellipsis"),
                         # Padding ends the line, which a bar by itself does not.
                         Padding(ProgressBar(total=max(total, 1), completed=done, width=self.columns - 2), 0)]
                 if residency is not None:

@@ -1,0 +1,67 @@
+"""The memory node of the demo: a Redis server of its own on a unix socket, that keeps nothing and ends with the demo."""
+
+import ctypes
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+_START_S = 20.0
+_PR_SET_PDEATHSIG = 1
+
+
+def program() -> str | None:
+    return shutil.which("redis-server") or shutil.which("valkey-server")
+
+
+class Node:
+    """A running server. A context manager; leaving it kills the server and removes its directory. OSError, with what
+    the server said, if it does not answer within 20 s."""
+
+    def __init__(self):
+        libc = ctypes.CDLL(None)                 # loaded here: between fork and exec nothing may be
+        self._folder = Path(tempfile.mkdtemp(prefix="uffd-demo-redis-"))     # 0700: nobody else reaches the socket
+        self._socket = self._folder / "socket"
+        self.url = f"unix://{self._socket}"
+        with open(self._folder / "log", "wb") as log:
+            self._process = subprocess.Popen(
+                [program(), "--port", "0", "--unixsocket", str(self._socket), "--save", "", "--appendonly", "no",
+                 "--dir", str(self._folder), "--loglevel", "warning"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))
+        try:
+            self._client = self._answering()
+            self.version = self._client.info("server")["redis_version"]
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _answering(self):
+        import redis
+
+        client = redis.Redis.from_url(self.url, socket_timeout=_START_S)
+        deadline_s = time.monotonic() + _START_S
+        while True:
+            try:
+                client.ping()
+                return client
+            except redis.exceptions.ConnectionError as error:
+                if self._process.poll() is not None or time.monotonic() > deadline_s:
+                    said = (self._folder / "log").read_text(errors="replace").strip()
+                    raise OSError(f"redis-server does not answer: {said[-300:] or error}") from error
+                time.sleep(0.02)
+
+    def wire_bytes(self) -> tuple[int, int]:
+        """What the server has received and sent since its start, as it counts it."""
+        told = self._client.info("stats")
+        return told["total_net_input_bytes"], told["total_net_output_bytes"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
