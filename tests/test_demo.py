@@ -5,10 +5,12 @@ import os
 import pty
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ blosc2 = pytest.importorskip("blosc2", reason="the demo packs with the extra 'bl
 
 import uffd  # noqa: E402
 import uffd.demo  # noqa: E402
-from uffd.demo import _screen, _words  # noqa: E402
+from uffd.demo import _memory_node, _screen, _words  # noqa: E402
 
 DEADLINE_S = 60
 WORDS = ["[PAD]", "[UNK]", "king", "queen", "piano", "##s"]
@@ -61,14 +63,15 @@ def model(tmp_path):
     return path
 
 
-def run_demo(*arguments, cwd, deadline_s=DEADLINE_S):
-    return subprocess.run([sys.executable, "-m", "uffd", "demo", *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=deadline_s)
+def run_demo(*arguments, cwd, part=1, env=None):
+    return subprocess.run([sys.executable, "-m", "uffd", "demo", *(["--part", str(part)] if part else []),
+                           *map(str, arguments)], cwd=cwd, text=True, capture_output=True, timeout=DEADLINE_S,
+                          env={**os.environ, **(env or {})})
 
 
-def run_code(code, *arguments, cwd):
+def run_code(code, *arguments, cwd, part=1):
     """In a process of its own, as matplotlib and rich keep files and memory open for ever once they were used."""
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, text=True,
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments), "--part", str(part)], cwd=cwd, text=True,
                           capture_output=True, timeout=DEADLINE_S)
 
 
@@ -108,7 +111,7 @@ def test_bars_move_on_a_terminal(tmp_path):
     # Large and hard to compress, so that reading all of it takes longer than a few redraws.
     np.save(tmp_path / "large.npy", RANDOM.standard_normal((4000, 2500)))
     leader, follower = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-m", "uffd", "demo", "--data", "large.npy"], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, "-m", "uffd", "demo", "--part", "1", "--data", "large.npy"], cwd=tmp_path,
                                stdin=follower, stdout=follower, stderr=follower,
                                env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40"})
     os.close(follower)
@@ -234,7 +237,7 @@ import sys
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == sys.argv[1] else real(name, *rest)
 import uffd.demo
-sys.exit(uffd.demo.main([]))
+sys.exit(uffd.demo.main(sys.argv[2:]))
 """
 
 
@@ -276,3 +279,130 @@ def test_the_real_model(tmp_path):
     assert step_named(result, "look up")["filled_bytes"] < 2_000_000
     assert step_named(result, "read everything")["touched_bytes"] > 90_000_000
     assert result["cosines"]["king-queen"] > 0.5 > result["cosines"]["king-banana"]
+
+
+# Part two
+
+
+SMALL = ("--budget-bytes", 16 << 20, "--seconds", 0.5)
+
+
+def check_part2(result, store):
+    part = result["part2"]
+    assert result["same_bits"] and part["same_bits"] and part["wrong"] == 0
+    assert part["store"] == store and part["table_bytes"] > 3.9 * part["budget_bytes"]
+    ours = part["ways"][store]
+    assert ours["resident_bytes"] <= part["budget_bytes"]
+    assert ours["fill_evicted"] > 0 and ours["evicted"] > 0 and ours["missed"] > 0
+    assert 0.1 < ours["hit_ratio"] < 1 and 0 < ours["p50_us"] < ours["p99_us"]
+    # What does not fit had to leave, and be written, before the look-ups began.
+    assert ours["fill_written_bytes"] >= part["table_bytes"] - part["budget_bytes"] - (1 << 20)
+    if part["limit_bytes"] and ours["peak_bytes"]:
+        assert part["budget_bytes"] / 2 < ours["peak_bytes"] <= part["limit_bytes"]
+    for way in "memmap", "random":
+        assert part["ways"][way]["look_ups"] > 0
+    return part
+
+
+@needs_userfaultfd
+def test_part_two_keeps_the_table_in_redis(model, tmp_path):
+    """Goal: all of it goes over the wire and comes back right. Method: the figures; what Redis itself counted."""
+    if _memory_node.program() is None:
+        pytest.skip("no redis-server (on Debian: apt-get install redis-server)")
+    pytest.importorskip("redis", reason="the store needs the extra 'redis'")
+    done = run_demo("--data", model, "--words", "king-queen", *SMALL, "--store", "redis", "--json", cwd=tmp_path, part=2,
+                    env={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    part = check_part2(json.loads(done.stdout), "redis")
+    ours = part["ways"]["redis"]
+    assert ours["fill_to_store_bytes"] >= part["table_bytes"], "the table is random: it can't be sent in fewer bytes"
+    assert ours["from_store_bytes"] >= ours["missed"] * part["row_bytes"]
+    assert not list(tmp_path.glob("uffd-demo-*")), "the server's directory and np.memmap's file must go"
+    assert not servers_in(tmp_path)
+
+
+def servers_in(folder):
+    """Redis servers that still run with a socket in that directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if b"redis" in words.split(b"\0")[0] and os.fsencode(folder) in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+@needs_userfaultfd
+def test_part_two_without_redis_says_so_and_fits_one_screen(model, tmp_path):
+    """Goal: without a server program, Scratch, and the cure. Method: a PATH that has none, and no root's sbin."""
+    (tmp_path / "bin").mkdir()
+    for name in "sh", "env":
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    done = run_demo("--data", model, "--words", "king-queen", *SMALL, cwd=tmp_path, part=2,
+                    env={"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "apt-get install redis-server" in done.stdout and "uffd over Redis" not in done.stdout
+    assert len(lines) <= 24 and not [line for line in lines if len(line) > 80] and not ESCAPE.search(done.stdout)
+    assert "np.memmap" in done.stdout and lines[-1].endswith("same bits")
+
+
+WRONG_ROW = """
+import sys
+import uffd.demo
+from uffd.demo import part2_memory
+real = part2_memory._Watched._at_barrier
+
+def spoil(self, stage):
+    if stage == "filled":                        # the child's view of the small table is this memory
+        import mmap
+        with mmap.mmap(self._job.table_fd, self._job.table_rows * self._job.row_bytes) as memory:
+            for row in range(self._job.table_rows):
+                memory[row * self._job.row_bytes + 5] ^= 1
+    real(self, stage)
+
+part2_memory._Watched._at_barrier = spoil
+sys.exit(uffd.demo.main(sys.argv[1:]))
+"""
+
+
+@needs_userfaultfd
+def test_part_two_finds_wrong_rows(model, tmp_path):
+    """The check must be able to fail: after the table was written, one bit of each original row is flipped."""
+    done = run_code(WRONG_ROW, "--data", model, "--words", "king-queen", *SMALL, "--store", "scratch", cwd=tmp_path,
+                    part=2)
+    assert done.returncode == 1, done.stderr
+    assert "ROWS DIFFER" in done.stdout and "same bits" not in done.stdout
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize("arguments, said", [
+    (("--budget-bytes", 1 << 20), "budget of 16,777,216 bytes or more"),
+    (("--budget-bytes", 1 << 50), "bytes of memory"),
+    (("--seconds", 0), "--seconds"),
+])
+def test_part_two_refuses_what_can_not_work(model, tmp_path, arguments, said):
+    done = run_demo("--data", model, "--words", "king-queen", *arguments, cwd=tmp_path, part=2)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@needs_userfaultfd
+def test_part_two_shows_what_it_does_on_a_terminal(model, tmp_path):
+    leader, follower = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "uffd", "demo", "--part", "2", "--data", model, "--words",
+                                "king-queen", *map(str, SMALL)], cwd=tmp_path, stdin=follower, stdout=follower,
+                               stderr=follower,
+                               env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"})
+    os.close(follower)
+    try:
+        text = read_all(leader, time.monotonic() + DEADLINE_S)
+        assert process.wait(timeout=DEADLINE_S) == 0, text[-2000:]
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+    for stage in "fill", "warm up", "look up":
+        assert f"%  {stage}" in text, f"no bar of {stage!r} was shown"
+    assert "\x1b[?25h" in text, "the cursor must be shown again"

@@ -38,7 +38,7 @@ def _parser():
     parser.add_argument("--keep", action="store_true", help="keep the packed file and say where it is")
     parser.add_argument("--budget-bytes", metavar="N", type=int, default=64 << 20, help="part 2: the budget; the table is "
                         "four times as large (default: %(default)s)")
-    parser.add_argument("--seconds", metavar="S", type=float, default=4.0, help="part 2: how long each way looks rows up "
+    parser.add_argument("--seconds", metavar="S", type=float, default=3.0, help="part 2: how long each way looks rows up "
                         "(default: %(default)g)")
     parser.add_argument("--store", choices=("redis", "scratch"), help="part 2: where the table is kept (default: redis, "
                         "where there is a server program)")
@@ -57,6 +57,8 @@ def _run(options):
     pairs = [tuple(pair.split("-", 1)) for pair in options.words.split(",")]
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
         return _refuse(f"--words takes pairs such as {_PAIRS}")
+    if not 0 < options.seconds <= 60:
+        return _refuse(f"--seconds takes more than 0 and at most 60, not {options.seconds:g}")
     # Not at the head of this module: the libraries above have to be there first.
     import uffd
 

@@ -290,17 +290,21 @@ def _say(screen, result):
         came = figures.get("from_store_bytes", figures["read_bytes"])
         peak = figures["peak_bytes"]
         screen.line(_ROW.format(_NAMES[way], f"{100 * figures['hit_ratio']:.1f} %",
-                                human_seconds(figures["p50_us"] / 1e6), human_seconds(figures["p99_us"] / 1e6),
+                                _latency(figures["p50_us"]), _latency(figures["p99_us"]),
                                 f"{figures['per_s']:,.0f}", human_bytes(came), human_bytes(peak) if peak else "-"),
                     "bold red" if figures["wrong"] else None)
     nbytes = np.full(-(-result["table_bytes"] // BLOCK_BYTES), BLOCK_BYTES, dtype=np.int64)
     screen.line(screen.residency(unpacked(ours["resident"], len(nbytes)), nbytes), "green")
-    screen.pair("evicted", f"{ours['evicted']:,} blocks in that time; {ours['rescued']:,} rescued, touched on their "
-                           f"way out; {ours['evict_waits']:,} touches waited")
+    screen.pair("evicted", f"{ours['evicted']:,} blocks meanwhile, {ours['rescued']:,} rescued at the door; "
+                           f"{ours['evict_waits']:,} touches waited")
     _say_memmap(screen, result)
     _say_summary(screen, result, ours)
     for figures in result["ways"].values():      # for the picture above alone
         figures.pop("resident", None)
+
+
+def _latency(us):
+    return f"{us:.1f} us" if us < 100 else human_seconds(us / 1e6)
 
 
 def _say_memmap(screen, result):
@@ -315,8 +319,8 @@ def _say_memmap(screen, result):
     if not result["limit_bytes"]:
         said += ": no limit, all stays cached"
     screen.pair("honest", said + ".")
-    screen.pair("", "Read only, raw, on a local disk: take np.memmap, and the kernel's page cache.")
-    screen.pair("", "uffd: where it is no local file, is written to, or must keep to a budget.")
+    screen.pair("", "Take np.memmap for a raw file on a local disk that is only read;")
+    screen.pair("", "uffd where it is no such file, is written to, or keeps to a budget.")
 
 
 def _say_summary(screen, result, ours):
