@@ -1,6 +1,7 @@
 """README.md: its ten lines do what it says, in a process of their own; and the examples of docs/native-providers.md."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -43,6 +44,18 @@ def test_the_ten_lines_work(tmp_path):
     warnings = [line for line in done.stderr.splitlines() if "Warning" in line]
     assert len(warnings) <= 1 and all("DegradedWarning" in line for line in warnings), done.stderr
     assert (tmp_path / "head.npy").stat().st_size == 128 + 1000 * 100 * 8
+
+
+def test_the_array_larger_than_memory_works(tmp_path):
+    """Goal: 320 GB under a budget, as it says. Method: the example as it stands, spilling into an empty directory."""
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+               if "uffd.zeros" in block]
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=50,
+                          env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert done.returncode == 0, done.stderr
+    total, resident = re.fullmatch(r"([\d.]+) (\d+) MiB in memory", done.stdout.strip()).groups()
+    assert float(total) == 100 and 0 < int(resident) <= 256
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_it_links_to_is_there():
