@@ -111,8 +111,8 @@ def test_bars_move_on_a_terminal(tmp_path):
     # Large and hard to compress, so that reading all of it takes longer than a few redraws.
     np.save(tmp_path / "large.npy", RANDOM.standard_normal((4000, 2500)))
     leader, follower = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-m", "uffd", "demo", "--part", "1", "--data", "large.npy"], cwd=tmp_path,
-                               stdin=follower, stdout=follower, stderr=follower,
+    process = subprocess.Popen([sys.executable, "-m", "uffd", "demo", "--part", "1", "--data", "large.npy"],
+                               cwd=tmp_path, stdin=follower, stdout=follower, stderr=follower,
                                env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40"})
     os.close(follower)
     try:
@@ -310,8 +310,8 @@ def test_part_two_keeps_the_table_in_redis(model, tmp_path):
     if _memory_node.program() is None:
         pytest.skip("no redis-server (on Debian: apt-get install redis-server)")
     pytest.importorskip("redis", reason="the store needs the extra 'redis'")
-    done = run_demo("--data", model, "--words", "king-queen", *SMALL, "--store", "redis", "--json", cwd=tmp_path, part=2,
-                    env={"TMPDIR": str(tmp_path)})
+    done = run_demo("--data", model, "--words", "king-queen", *SMALL, "--store", "redis", "--json", cwd=tmp_path,
+                    part=2, env={"TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     part = check_part2(json.loads(done.stdout), "redis")
     ours = part["ways"]["redis"]

@@ -26,8 +26,9 @@ def main(argv=None) -> int:
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="uffd demo", description="Open a real model lazily, then use a table that is larger than its "
-                                                 "memory; every value is checked. At most a minute.")
+    parser = argparse.ArgumentParser(prog="uffd demo", description=(
+        "Open a real model lazily, then use a table that is larger than its memory; every value is checked. At most a "
+        "minute."))
     parser.add_argument("--part", type=int, choices=(1, 2), help="this part alone (1: files, 2: memory elsewhere)")
     parser.add_argument("--data", metavar="PATH", type=Path,
                         help="a .safetensors, .npy or .b2nd file of yours instead of the model")
@@ -36,12 +37,12 @@ def _parser():
     parser.add_argument("--png", metavar="PATH", type=Path, help="where the picture of the resident blocks goes "
                         "(default: uffd-demo.png here, or under TMPDIR where this directory can't be written)")
     parser.add_argument("--keep", action="store_true", help="keep the packed file and say where it is")
-    parser.add_argument("--budget-bytes", metavar="N", type=int, default=64 << 20, help="part 2: the budget; the table is "
-                        "four times as large (default: %(default)s)")
-    parser.add_argument("--seconds", metavar="S", type=float, default=3.0, help="part 2: how long each way looks rows up "
-                        "(default: %(default)g)")
-    parser.add_argument("--store", choices=("redis", "scratch"), help="part 2: where the table is kept (default: redis, "
-                        "where there is a server program)")
+    parser.add_argument("--budget-bytes", metavar="N", type=int, default=64 << 20,
+                        help="part 2: the budget; the table is four times as large (default: %(default)s)")
+    parser.add_argument("--seconds", metavar="S", type=float, default=3.0,
+                        help="part 2: how long each way looks rows up (default: %(default)g)")
+    parser.add_argument("--store", choices=("redis", "scratch"),
+                        help="part 2: where the table is kept (default: redis, where there is a server program)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     return parser
 

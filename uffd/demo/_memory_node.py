@@ -1,4 +1,4 @@
-"""The memory node of the demo: a Redis server of its own on a unix socket, that keeps nothing and ends with the demo."""
+"""The demo's memory node: a Redis server of its own on a unix socket, that keeps nothing and ends with the demo."""
 
 import ctypes
 import shutil

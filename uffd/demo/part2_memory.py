@@ -33,7 +33,7 @@ BLOCK_BYTES = 16384                              # a miss brings in ten rows of 
 WARM_S, LOOK_S = 1.5, 3.0
 # Beside the budget: the interpreter and numpy, and the provider host, which is Python once more.
 OVERHEAD_BYTES = 128 << 20
-_ROW_LEAST_BYTES, _ROW_MOST_BYTES, _ROW_OTHERWISE_BYTES = 64, 32768, 4096
+_ROW_LEAST_BYTES, _ROW_MOST_BYTES, _ROW_OTHERWISE_BYTES = 64, 32768, 2048
 _DEADLINE_S = 120.0
 _NAMES = {"redis": "uffd over Redis", "scratch": "uffd over Scratch", "memmap": "np.memmap, a file",
           "random": "same, MADV_RANDOM"}
