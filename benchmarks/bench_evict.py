@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,22 +21,22 @@ from harness import MIB, SCALE, Side, compare, note, record, scaled, summary
 import uffd
 
 HERE = Path(__file__).resolve().parent
-BUDGET_BYTES = scaled(256 * MIB, 32 * MIB)
+BUDGET_BYTES = scaled(32 * MIB, 16 * MIB)
 NBYTES = 4 * BUDGET_BYTES
 BLOCK_BYTES = 65536
-ROUNDS_LIMITED = 5 if SCALE >= 1 else 1     # each is a process that starts with a cold cache
+ROUNDS_LIMITED = 3 if SCALE >= 1 else 1     # each is a process that starts with a cold cache
 NO_CGROUP = 77
 
 
 def test_steady(benchmark: Any) -> None:
     """A clean 64 KiB block filled from memory and one taken out, for ever; inline, so that no thread is waited for."""
-    source = np.random.default_rng(9).integers(1, 255, NBYTES // 2, dtype=np.uint8)
+    source = np.random.default_rng(9).integers(1, 255, 2 * NBYTES, dtype=np.uint8)
     offsets = np.random.default_rng(10).permutation(source.nbytes // BLOCK_BYTES).astype(np.uint64) * BLOCK_BYTES
 
     def through(mode: str, delivery: str) -> Side:
         @contextmanager
         def side() -> Iterator[Callable[[], float]]:
-            with uffd.Engine(budget_bytes=BUDGET_BYTES // 4) as engine:
+            with uffd.Engine(budget_bytes=BUDGET_BYTES) as engine:
                 with uffd.Region(None, uffd.providers.Memory(source), engine=engine, block_bytes=BLOCK_BYTES, mode=mode,
                                  delivery=delivery, readahead_bytes=0) as region:
                     native.touch(region.address, offsets[:len(offsets) // 2])    # memory is full
@@ -50,13 +51,11 @@ def test_steady(benchmark: Any) -> None:
         yield lambda: native.evict_cycle(source, BLOCK_BYTES, offsets) / len(offsets) * 1e6
 
     compare(benchmark, "evict-steady", through("r", "inline"), {"memcpy, MOVE in, WP, MOVE out": in_c},
-            warm_nbytes=BUDGET_BYTES,
+            warm_nbytes=2 * BUDGET_BYTES,
             beside={"thread delivery": through("r", "thread"), "writable, inline": through("c", "inline")})
 
 
 def timed(work: Callable[[], Any]) -> float:
-    import time
-
     start_s = time.perf_counter()
     work()
     return time.perf_counter() - start_s
@@ -105,7 +104,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swap() -> Iterator[str]:
     """The kernel's swap on a compressed disk in memory (zram), for the time of these tests; "" where there is none."""
     device = Path("/sys/block/zram0/disksize")
-    if os.geteuid() or not device.exists() or not shutil.which("mkswap") or len(Path("/proc/swaps").read_text().splitlines()) > 1:
+    has_swap = len(Path("/proc/swaps").read_text().splitlines()) > 1
+    if os.geteuid() or not device.exists() or not shutil.which("mkswap") or has_swap:
         yield ""
         return
     try:
