@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -406,3 +407,49 @@ def test_part_two_shows_what_it_does_on_a_terminal(model, tmp_path):
     for stage in "fill", "warm up", "look up":
         assert f"%  {stage}" in text, f"no bar of {stage!r} was shown"
     assert "\x1b[?25h" in text, "the cursor must be shown again"
+
+
+@needs_userfaultfd
+def test_ctrl_c_in_part_two_leaves_nothing(model, tmp_path):
+    """Goal: exit code 130 at once, one line, no process, no file. Method: SIGINT to the group, as a terminal does."""
+    process = subprocess.Popen([sys.executable, "-m", "uffd", "demo", "--part", "2", "--data", model, "--words",
+                                "king-queen", "--budget-bytes", str(16 << 20), "--seconds", "60"], cwd=tmp_path,
+                               env={**os.environ, "TMPDIR": str(tmp_path)}, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not children_in_group(process.pid, b"uffd.demo._zipf") and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        time.sleep(1)                            # well into it
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130 and said == "uffd demo: interrupted\n"
+    assert not list(tmp_path.glob("uffd-demo-*")) and not servers_in(tmp_path)
+    assert not children_in_group(process.pid, b"uffd.demo._zipf")
+
+
+def children_in_group(group, word):
+    """Processes of that process group with the word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(path.name)) == group and word in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_without_userfaultfd_part_one_is_shown_and_part_two_says_why_not(model, tmp_path):
+    """Goal: with the fallback the demo still ends well. Method: the machine's userfaultfd is denied."""
+    command = [sys.executable, str(Path(__file__).parent / "support" / "deny.py"), sys.executable, "-m", "uffd", "demo",
+               "--data", str(model), "--words", "king-queen"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=DEADLINE_S,
+                          env={**os.environ, "UFFD_FALLBACK": "eager"})
+    assert done.returncode == 0, done.stderr
+    assert "part two" in done.stdout.splitlines()[-1] and "uffd probe" in done.stdout
+    done = subprocess.run([*command, "--part", "2"], cwd=tmp_path, text=True, capture_output=True, timeout=DEADLINE_S)
+    assert done.returncode == 2 and "uffd probe" in done.stderr and "Traceback" not in done.stderr

@@ -86,6 +86,9 @@ def _parts(path, pairs, options):
         result = part1_model.run(path, screen=screen, pairs=pairs, keep=options.keep, png=options.png or _default_png())
     if options.part is None:
         screen.line()
+        if result["mode"] == "none":             # part one can be had by the fallback, which has no budget
+            screen.pair("part two", "needs userfaultfd: `uffd probe` has the cure")
+            return result
     if options.part != 1:
         result["part2"] = part2_memory.run(path, screen=screen, pairs=pairs, budget_bytes=options.budget_bytes,
                                            seconds=options.seconds, store=options.store)

@@ -1,15 +1,12 @@
 """The demo's memory node: a Redis server of its own on a unix socket, that keeps nothing and ends with the demo."""
 
-import ctypes
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 _START_S = 20.0
-_PR_SET_PDEATHSIG = 1
 
 
 def program() -> str | None:
@@ -21,16 +18,16 @@ class Node:
     the server said, if it does not answer within 20 s."""
 
     def __init__(self):
-        libc = ctypes.CDLL(None)                 # loaded here: between fork and exec nothing may be
         self._folder = Path(tempfile.mkdtemp(prefix="uffd-demo-redis-"))     # 0700: nobody else reaches the socket
         self._socket = self._folder / "socket"
         self.url = f"unix://{self._socket}"
+        # Also when we are killed; a session of its own, so that Ctrl-C reaches us alone, and we end it in order.
+        dying_with_us = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         with open(self._folder / "log", "wb") as log:
             self._process = subprocess.Popen(
-                [program(), "--port", "0", "--unixsocket", str(self._socket), "--save", "", "--appendonly", "no",
-                 "--dir", str(self._folder), "--loglevel", "warning"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))
+                [*dying_with_us, program(), "--port", "0", "--unixsocket", str(self._socket), "--save", "",
+                 "--appendonly", "no", "--dir", str(self._folder), "--loglevel", "warning"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
             self._client = self._answering()
             self.version = self._client.info("server")["redis_version"]

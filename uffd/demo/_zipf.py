@@ -8,8 +8,10 @@ import base64
 import json
 import mmap
 import resource
+import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,6 +200,8 @@ class LookUps:
 
 
 def main(argument: str) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # the demo gets it, too, and ends us
+    warnings.simplefilter("ignore", uffd.DegradedWarning)    # the demo's first line says the mode
     job = Job(**json.loads(argument))
     try:
         tiled = Tiled(open_table(job), job.rows)
