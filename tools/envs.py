@@ -95,8 +95,8 @@ def find_interpreters() -> list[Interpreter]:
 
 
 def prepare_machine() -> None:
-    """Compiler, headers, venv, a Redis for the tests: from Debian's packages where we may install them, else a clear
-    word about them."""
+    """Compiler, headers, venv, and a Redis for tests and demo: from Debian's packages where we may install them, else a
+    clear word about them."""
     missing = []
     if not shutil.which("gcc") and not shutil.which("cc"):
         missing.append(("a C compiler", "gcc libc6-dev"))
@@ -105,7 +105,7 @@ def prepare_machine() -> None:
     if subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True, check=False).returncode:
         missing.append(("ensurepip", "python3-venv"))
     if not shutil.which("redis-server") and not shutil.which("valkey-server"):
-        missing.append(("redis-server (without it, its tests are skipped)", "redis-server"))
+        missing.append(("redis-server (without it, its tests are skipped, and the demo goes without)", "redis-server"))
     if not missing:
         return
     packages = " ".join(package for _, package in missing)
