@@ -317,8 +317,8 @@ def _say_memmap(screen, result):
     said = f"{name} was {ratio:.1f} x as fast as {_NAMES[best]}" if ratio >= 1 else \
         f"{_NAMES[best]} was {1 / ratio:.1f} x as fast as {name}"
     screen.pair("honest", said + ".")
-    if not result["limit_bytes"]:
-        screen.pair("", "Without a limit, all of its file can stay in the page cache.")
+    screen.pair("", "Its page cache had the whole of the limit, uffd the budget." if result["limit_bytes"]
+                else "Without a limit, all of its file can stay in the page cache.")
     screen.pair("", "Take np.memmap for a raw file on a local disk that is only read;")
     screen.pair("", "uffd where it is no such file, is written to, or keeps to a budget.")
 
