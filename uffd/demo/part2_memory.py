@@ -259,7 +259,7 @@ class _Watched:
             parts.append(f"hit {100 * told['hit_ratio']:5.1f} %")
             parts.append(f"{told['per_s']:,.0f} look-ups/s")
         if "resident_bytes" in told:
-            parts.append(f"{human_bytes(told['resident_bytes'])} of {human_bytes(self._job.budget_bytes)}")
+            parts.append(f"{human_bytes(told['resident_bytes'])} of {human_bytes(told['budget_bytes'])}")
         return ", ".join(parts)
 
 
@@ -278,6 +278,8 @@ def _say(screen, result):
     screen.pair("memory", f"budget {budget}; " + (f"memory cgroup of {human_bytes(limit)}, Python (twice) included"
                                                   if limit else "no memory cgroup can be made here: no limit"))
     ours = result["ways"][result["store"]]
+    if ours["budget_bytes"] < result["budget_bytes"]:
+        screen.pair("", f"the budget had fallen to {human_bytes(ours['budget_bytes'])} at the end: memory pressure")
     screen.pair("fill", f"{human_bytes(ours['fill_written_bytes'])} written through the region in "
                         f"{human_seconds(ours['fill_s'])}, {ours['fill_evicted']:,} blocks evicted")
     if "fill_to_store_bytes" in ours:
