@@ -410,8 +410,10 @@ def test_part_two_shows_what_it_does_on_a_terminal(model, tmp_path):
 
 
 @needs_userfaultfd
-def test_ctrl_c_in_part_two_leaves_nothing(model, tmp_path):
-    """Goal: exit code 130 at once, one line, no process, no file. Method: SIGINT to the group, as a terminal does."""
+@pytest.mark.parametrize("number, code, words", [
+    (signal.SIGINT, 130, "uffd demo: interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")])
+def test_signals_in_part_two_leave_nothing(model, tmp_path, number, code, words):
+    """Goal: an end at once, no process, no file, no cgroup. Method: the signal to the group, as a terminal does."""
     process = subprocess.Popen([sys.executable, "-m", "uffd", "demo", "--part", "2", "--data", model, "--words",
                                 "king-queen", "--budget-bytes", str(16 << 20), "--seconds", "60"], cwd=tmp_path,
                                env={**os.environ, "TMPDIR": str(tmp_path)}, text=True, start_new_session=True,
@@ -421,12 +423,13 @@ def test_ctrl_c_in_part_two_leaves_nothing(model, tmp_path):
         while not children_in_group(process.pid, b"uffd.demo._zipf") and time.monotonic() < deadline_s:
             time.sleep(0.1)
         time.sleep(1)                            # well into it
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         _, said = process.communicate(timeout=20)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130 and said == "uffd demo: interrupted\n"
+    assert process.returncode == code and said == words
+    assert not list(Path("/sys/fs/cgroup").rglob(f"uffd-demo-{process.pid}-*"))
     assert not list(tmp_path.glob("uffd-demo-*")) and not servers_in(tmp_path)
     assert not children_in_group(process.pid, b"uffd.demo._zipf")
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -18,11 +19,17 @@ _NEEDED = ("rich", "matplotlib", "blosc2")   # what the extra `demo` brings
 def main(argv=None) -> int:
     """Run the demo. Returns 0 if all bits were the same, 1 if some differed, 2 if it could not run (said why)."""
     options = _parser().parse_args(argv)
+    for number in signal.SIGTERM, signal.SIGHUP:             # a closed terminal, too, leaves no server and no file
+        signal.signal(number, _end)
     try:
         return _run(options)
     except KeyboardInterrupt:
         print("uffd demo: interrupted", file=sys.stderr)
         return 130
+
+
+def _end(number, frame):
+    raise SystemExit(128 + number)
 
 
 def _parser():
