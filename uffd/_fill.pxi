@@ -372,8 +372,8 @@ cdef int obtain_hosted(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, c
 
 
 cdef int copy_direct(Region_t *r, char *target, const char *source, uint64_t nbytes) noexcept nogil:
-    """Memory to memory, where bad source memory (a mapped file that was cut) is EFAULT and no signal. Memory of another region that the kernel can't
-    have filled (inline delivery, user mode) is touched here, which has it filled."""
+    """Memory to memory, where bad source memory (a mapped file that was cut) is EFAULT and no signal. Memory of another
+    region that the kernel can't have filled (inline delivery, user mode) is touched here, which has it filled."""
     cdef int err
     if r.fill.private_memory and not r.nested:
         memcpy(target, source, nbytes)
