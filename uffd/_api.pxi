@@ -8,12 +8,11 @@
 # Python's signals between them.
 
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetObject, PyErr_WriteUnraisable
 from cython cimport no_gc_clear
 import atexit as _atexit
 import errno as _errno
 import os as _os
-import sys as _sys
 
 cdef uint64_t BURY_NS = 5000000             # waited where nobody asked to wait: most fills are over by then
 

@@ -187,8 +187,8 @@ cdef void resolve_present(Slot *s, Region_t *r, uint64_t b, uint32_t state, uint
     cdef uint64_t len = block_span(r, b)
     count(s, r, C_DUPLICATES, 1)
     if flags & UF_FLAG_WP:
-        if r.protect:
-            uf_writeprotect(r.fd, <uint64_t>start, len, 0)
+        if r.protect and state == DIRTY:
+            lift_again(s, r, b)
         uf_wake(r.fd, <uint64_t>start, len)
     elif block_present(r, b):
         uf_wake(r.fd, <uint64_t>start, len)

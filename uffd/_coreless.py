@@ -109,6 +109,10 @@ def buffer_address(buffer: Any) -> int:
     return np.asarray(buffer).__array_interface__["data"][0]
 
 
+def wait_for_graves() -> None:
+    """Nothing to wait for: no region was ever served."""
+
+
 def _refuse() -> NoReturn:
     raise OSError(errno.ENOSYS, f"the extension uffd._core is not here: {reason}")
 

@@ -141,6 +141,7 @@ cdef struct BlockError:
     uint64_t block
     uint32_t tries
     int32_t error
+    uint64_t at                 # of a failed write: which of the region's it was
 
 cdef struct Region_t:
     # constant from making to closing
@@ -202,6 +203,8 @@ cdef struct Region_t:
     uint64_t write_pause_ns
     uint64_t pinned_blocks
     uint64_t pooled_bytes       # relaxed; for who looks
+    uint64_t write_failures     # so many, ever
+    uint32_t unsynced           # the provider acknowledged writes that were not made durable yet
     BlockError write_error[ERRORS]  # of blocks whose write failed, by number modulo ERRORS
     Region_t *next_dying
     # read-ahead, under ahead_lock (a try-lock: who does not get it leaves the pattern alone)

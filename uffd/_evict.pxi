@@ -31,7 +31,15 @@ cdef bint evict_some(Engine_t *e, Slot *s) noexcept nogil:
     """Takes some blocks out, or drops some that were: False if nothing could be done. Any thread that has no run."""
     cdef Batch t
     pthread_mutex_lock(&e.policy_lock)
-    batch_take(e, &t, EVICT_BYTES)
+    batch_take(e, &t, EVICT_BYTES, False)
+    pthread_mutex_unlock(&e.policy_lock)
+    if t.n == 0 or evict_batch(e, s, &t):
+        return t.n != 0
+    if not t.dropping:
+        return False
+    # The pool is full of what its store does not take, or not yet: it must not keep clean blocks from leaving.
+    pthread_mutex_lock(&e.policy_lock)
+    batch_take(e, &t, EVICT_BYTES, True)
     pthread_mutex_unlock(&e.policy_lock)
     return t.n != 0 and evict_batch(e, s, &t)
 
@@ -44,13 +52,14 @@ cdef void evict_first(Engine_t *e, Slot *s, uint64_t nbytes) noexcept nogil:
     cdef Batch t
     if u64_load(&e.limit) == NO_LIMIT or room_left(e) >= room_high(e) or pthread_mutex_trylock(&e.policy_lock) != 0:
         return
-    batch_take(e, &t, 2 * nbytes if 2 * nbytes < EVICT_BYTES else EVICT_BYTES)
+    batch_take(e, &t, 2 * nbytes if 2 * nbytes < EVICT_BYTES else EVICT_BYTES, False)
     pthread_mutex_unlock(&e.policy_lock)
     if t.n:
         evict_batch(e, s, &t)
 
 
 cdef bint evict_batch(Engine_t *e, Slot *s, Batch *t) noexcept nogil:
+    """Moves out, or drops, what is in hand; whether anything was done."""
     cdef Region_t *r
     cdef uint64_t b
     cdef uint32_t i = 0, k
@@ -73,18 +82,19 @@ cdef bint evict_batch(Engine_t *e, Slot *s, Batch *t) noexcept nogil:
     return batch_put(e, t)
 
 
-cdef void batch_take(Engine_t *e, Batch *t, uint64_t most) noexcept nogil:
-    """The next blocks in the policy's order, about `most` bytes of them, sorted by address. Under policy_lock."""
+cdef void batch_take(Engine_t *e, Batch *t, uint64_t most, bint past_pool) noexcept nogil:
+    """The next blocks in the policy's order, about `most` bytes of them, sorted by address. past_pool: victims, however
+    full the pool is. Under policy_lock."""
     cdef uint64_t nbytes = 0, now = 0
     cdef uint32_t node
     t.n = 0
     notes_drain(e)
-    t.dropping = policy_pool_full(&e.pol)
+    t.dropping = policy_pool_full(&e.pol) and not past_pool
     if few_blocks(e):
         now = now_ns()
     while t.n < EVICT_BATCH and nbytes < most:
         node = policy_drop(&e.pol) if t.dropping else policy_victim(&e.pol)
-        if node == 0 and t.n == 0 and not t.dropping:
+        if node == 0 and t.n == 0 and not t.dropping and not past_pool:
             t.dropping = True
             continue
         if node == 0:
@@ -428,7 +438,7 @@ cdef bint demand_pooled(Slot *s, Region_t *r, uint64_t b, bint write) noexcept n
 
 
 cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
-    """Brings a pooled block back; False if it is not there any more, or (s.no_room) a copy of it has no room.
+    """Brings a pooled block back; False if it is not there any more.
 
     MOVE maps pages writable, and protection comes after, so a clean block that must stay known as such is copied in;
     all others are moved.
@@ -438,33 +448,28 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     cdef bint shared = is_shared(r), can_move = r.moves and r.engine.pool_fd >= 0
     cdef bint copies = not shared and (not can_move or protect and not r.guard)
     cdef uint64_t span = block_span(r, b)
-    cdef bint came = False
+    cdef bint came = False, charged = False
     s.no_room = 0
     if state != POOLED and state != POOLED_DIRTY:
         return False
-    if copies and not room_charge(r.engine, span):
-        if pool_trim(r.engine, span) and room_charge(r.engine, span):
-            pass
-        elif can_move and can_store(r):
-            copies = False                  # moved, unprotected: dirty, as far as anybody can tell
-            protect = False
-        else:
-            s.no_room = 1
-            return False
+    # Without room it is copied all the same: its slot is given back at once, so a thread has at most one block twice in
+    # memory, while it copies. Moved, unprotected, it would have to count as written.
+    if copies:
+        charged = room_charge(r.engine, span) or pool_trim(r.engine, span) and room_charge(r.engine, span)
     critical_enter(s)
     if claim(s, r, b, state):
         if shared:
             came = place_run(r, OP_CONTINUE, <uint64_t>(r.base + (b << r.shift)), 0, span,
                              UF_CONTINUE_WP if protect else 0) >= 0
         else:
-            came = bring_in(r, b, protect, copies)
+            came = bring_in(r, b, protect, copies, charged)
         if came:
             count(s, r, C_RESCUED, 1)
             publish(r, b, 1, CLEAN if protect or state == POOLED and not r.writable else DIRTY)
         else:
             publish(r, b, 1, state)
             uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), span)    # it asks again
-    elif copies:
+    elif charged:
         room_give(r.engine, span)
     critical_leave(s)
     if came:
@@ -473,20 +478,18 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     return came
 
 
-cdef bint bring_in(Region_t *r, uint64_t b, bint protect, bint copies) noexcept nogil:
-    """Private pages from their slot, by move or copy; False when the kernel refuses both."""
+cdef bint bring_in(Region_t *r, uint64_t b, bint protect, bint copies, bint charged) noexcept nogil:
+    """Private pages from their slot, by move or copy (charged: counted twice until then); False when the kernel refuses
+    both."""
     cdef Engine_t *e = r.engine
     cdef uint64_t start = <uint64_t>(r.base + (b << r.shift)), span = block_span(r, b), moved = 0
     cdef uint64_t slot = <uint64_t>slot_at(e, r.shift, r.place[b])
-    cdef bint charged = copies
-    if not copies:
+    if not copies:                          # what is shared with a forked child can't be moved: copied, the rest of it
         move_pages(r.fd, start, slot, span, UF_MOVE_DONTWAKE if protect else 0, &moved)
-        if moved < span and not charged:    # shared with a forked child: copied, over the limit for a moment
-            u64_add(&e.used, span)
-            charged = True
     if moved < span and place_run(r, OP_COPY, start + moved, slot + moved, span - moved,
                                   UF_COPY_WP if protect else 0) < 0:
-        room_give(e, span)
+        if charged:
+            room_give(e, span)
         return False
     if protect and not copies:
         uf_writeprotect(r.fd, start, span, UF_WRITEPROTECT_WP)
@@ -494,6 +497,8 @@ cdef bint bring_in(Region_t *r, uint64_t b, bint protect, bint copies) noexcept 
     if charged:
         slot_release(e, r.shift, r.place[b], span)
     else:
+        if moved < span:
+            madvise(<char *>slot, span, MADV_DONTNEED)
         hole_give(e, r.shift, r.place[b], 1)
     return True
 
@@ -593,13 +598,13 @@ cdef uint64_t evict_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end) n
     cdef uint32_t fate = 0, state
     while b < end and not u32_load(&r.closing):
         state = u32_load(&r.state[b]) & STATE_MASK
-        if state == CLEAN:
+        if state == CLEAN or state == DIRTY and r.volatile_pages:
             move_out(s, r, b, 1, &fate)
             if fate == GO_GONE:
                 freed += block_span(r, b)
                 forget_node(r, b)
             state = u32_load(&r.state[b]) & STATE_MASK
-        if state == POOLED and drop_block(s, r, b) == GO_GONE:
+        if (state == POOLED or state == POOLED_DIRTY and r.volatile_pages) and drop_block(s, r, b) == GO_GONE:
             freed += block_span(r, b)
             forget_node(r, b)
         b += 1

@@ -510,6 +510,18 @@ cdef uint32_t lift_run(Slot *s, Region_t *r, uint64_t b, uint32_t most) noexcept
     return n
 
 
+cdef void lift_again(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    """A write fault on a DIRTY block: told late, or its protection was left over. Only who owns a block lifts its
+    protection: who stores it may set it at this very moment, and the block would be CLEAN and writable."""
+    cdef uint32_t word
+    critical_enter(s)
+    word = u32_load(&r.state[b])
+    if word & STATE_MASK == DIRTY and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
+        unprotect(r, b, 1)
+        publish(r, b, 1, DIRTY)
+    critical_leave(s)
+
+
 cdef void unprotect(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
     """Lifts the protection of blocks [b, b+n). A kernel that refuses for a second leaves the writer no way on."""
     cdef uint64_t start = <uint64_t>(r.base + (b << r.shift)), deadline = now_ns() + SECOND_NS

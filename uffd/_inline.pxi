@@ -288,8 +288,8 @@ cdef int inline_present(Region_t *r, uint64_t b, int write, uint32_t state) noex
             inline_return(r.engine, s)
             return BUS_SERVED
         state = DIRTY
-    if state == DIRTY and r.protect:
-        uf_writeprotect(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b), 0)
+    elif state == DIRTY and r.protect:
+        lift_again(s, r, b)
     if not block_present(r, b):
         repair_run(s, r, b, state)
         if u32_load(&r.state[b]) & STATE_MASK == POISONED:

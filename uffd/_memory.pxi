@@ -6,9 +6,6 @@
 # `runs` is an int64 buffer of pairs of block numbers, [first, end). Those who wait do so without the GIL, in slices of
 # 100 ms, with a look at Python's signals between them.
 
-cdef uint64_t WRITE_SLICE = 64              # blocks written back between two looks at signals
-
-
 def budget(of):
     """Of an Engine, or of a Region's: (limit in bytes or None, bytes in use, bytes pinned, the least that a limit may
     be)."""
@@ -198,7 +195,6 @@ def write_back(Region region not None, runs, timeout_ns=None):
     try:
         pair = <int64_t *>view.buf
         for i in range(<uint64_t>view.len // 16):
-            _forget_errors(r, <uint64_t>pair[2 * i], <uint64_t>pair[2 * i + 1])
             b = <uint64_t>pair[2 * i]
             end = <uint64_t>pair[2 * i + 1]
             while b < end:
@@ -207,7 +203,7 @@ def write_back(Region region not None, runs, timeout_ns=None):
                     stop = _next_dirty(r, b, end)
                     if stop < end:
                         b = stop
-                        stop = b + WRITE_SLICE if end - b > WRITE_SLICE else end
+                        stop = u64_min(end, b + u64_max(RUN_BYTES >> r.shift, 1))   # one write, then a look
                         s = call_borrow(r.engine)
                         write_range(s, r, b, stop, True, &r.closing)
                         call_return(r.engine, s)
@@ -240,18 +236,17 @@ cdef uint64_t _next_dirty(Region_t *r, uint64_t b, uint64_t end) noexcept nogil:
     return end
 
 
-cdef void _forget_errors(Region_t *r, uint64_t first, uint64_t end):
-    cdef int i
-    for i in range(ERRORS):
-        if first <= r.write_error[i].block < end:
-            r.write_error[i].error = 0
+def write_failures(Region region not None):
+    """How many writes of blocks have failed so far."""
+    return u64_load(&_live(region).write_failures)
 
 
-def write_errors(Region region not None, uint64_t first, uint64_t end):
-    """[(block, errno, tries)] of blocks in [first, end) whose last write failed; at most one of each 64 neighbours."""
+def write_errors(Region region not None, uint64_t first, uint64_t end, uint64_t since):
+    """[(block, errno, tries)] of blocks in [first, end) whose last write failed, after write_failures was `since`; at
+    most one of each 64 neighbours."""
     cdef Region_t *r = _live(region)
     return sorted([(r.write_error[i].block, -r.write_error[i].error, r.write_error[i].tries) for i in range(ERRORS)
-                   if r.write_error[i].error and first <= r.write_error[i].block < end])
+                   if r.write_error[i].error and r.write_error[i].at > since and first <= r.write_error[i].block < end])
 
 
 def unwritten(Region region not None):

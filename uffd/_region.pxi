@@ -398,7 +398,9 @@ cdef bint _bury(Region region, uint64_t patience_ns):
     region.engine = None
     region.filler = None
     with nogil:
-        r.flush_at_end = r.writes_back and count_dirty(r) != 0
+        if r.writes_back:
+            settle(r.engine)                # the last write may have been let go a moment before its block is DIRTY
+        r.flush_at_end = r.writes_back and (u32_load(&r.unsynced) or count_dirty(r) != 0)
         left = region_shut(r, patience_ns)
     if left == 0 and u32_load(&r.stuck) == 0 and u32_load(&r.refs) == 0:
         free(r)
@@ -431,6 +433,23 @@ def _sweep():
     return len(graveyard)
 
 
+def wait_for_graves():
+    """Waits until regions whose last array died are flushed, each for its timeout_s at the most, and tells of those
+    that could not be. For the end of the process."""
+    cdef Grave g
+    cdef uint64_t deadline
+    for g in list(graveyard):
+        deadline = now_ns() + g.r.timeout_ns if g in graveyard else 0
+        # In a forked child nobody ends the parent's: its engines have none that are dying.
+        while (g in graveyard and u32_load(&g.r.flush_at_end) == 1 and g.r.engine.dying != NULL
+               and now_ns() < deadline):
+            with nogil:
+                poll(NULL, 0, 1)
+        if g in graveyard and u32_load(&g.r.flush_at_end) == 2 and g.r.flush_error:
+            _tell_unflushed(g.r)
+            g.r.flush_error = 0
+
+
 cdef _tell_unflushed(Region_t *r):
     """A region whose last array died could not be flushed: nobody is there to be raised at."""
     from .errors import ProviderError
@@ -438,15 +457,8 @@ cdef _tell_unflushed(Region_t *r):
     error = ProviderError(number, f"region {name!r}: {left} blocks could not be written back when its last array died, "
                           f"and are lost: {_os.strerror(number)}", region=name, offset=0, nbytes=r.nbytes,
                           tries=r.retries + 1)
-    _sys.unraisablehook(_Unraisable(error))
-
-
-class _Unraisable:
-    """What sys.unraisablehook takes."""
-
-    def __init__(self, error):
-        self.exc_type, self.exc_value, self.exc_traceback = type(error), error, None
-        self.err_msg, self.object = "Exception ignored while a uffd region was flushed", None
+    PyErr_SetObject(type(error), error)
+    PyErr_WriteUnraisable("the flush of a uffd region whose last array died")
 
 
 cdef int _sweep_pending(void *unused) noexcept:

@@ -51,10 +51,13 @@ cdef inline uint64_t room_least(Engine_t *e, uint64_t block_bytes) noexcept nogi
 
 cdef bint room_charge(Engine_t *e, uint64_t nbytes) noexcept nogil:
     """Promises nbytes; False where that would be more than the limit."""
-    cdef uint64_t limit = u64_load(&e.limit)
-    if limit != NO_LIMIT and u64_add(&e.used, nbytes) + nbytes > limit:
-        u64_add(&e.used, -nbytes)
-        return False
+    cdef uint64_t limit = u64_load(&e.limit), used = u64_load(&e.used)
+    while limit != NO_LIMIT:                # not added first and taken back: the sum is seen, and never above the limit
+        if used + nbytes > limit:
+            return False
+        if u64_cas(&e.used, used, used + nbytes):
+            break
+        used = u64_load(&e.used)
     if limit == NO_LIMIT:
         u64_add(&e.used, nbytes)
     elif room_left(e) < room_high(e) / 2:

@@ -12,6 +12,7 @@
 
 cdef enum:
     ASK_BATCH = 64
+    CANNOT = 0xffffffff                     # of write_run and copy_run: a block that can't be copied
 cdef uint64_t WRITE_PAUSE_NS = 20000000     # after a failure; doubled up to a second
 
 
@@ -101,7 +102,11 @@ cdef uint64_t write_range(Slot *s, Region_t *r, uint64_t first, uint64_t end, bi
             b += 1
             continue
         got = write_run(s, r, b, end, resident)
-        b += got if got else 1
+        if got == 0 and resident:
+            continue                        # it changed meanwhile: evicted, rescued, written by somebody else
+        if got == CANNOT and resident:
+            note_unwritten(r, b, -EFAULT, 1)
+        b += got if 0 < got < CANNOT else 1
     return b
 
 
@@ -111,31 +116,47 @@ cdef void wait_for_write(Region_t *r, uint64_t b) noexcept nogil:
         futex_wait(&r.write_turn, turn, SLICE_NS)
 
 
+cdef void note_unwritten(Region_t *r, uint64_t b, int err, uint32_t tries) noexcept nogil:
+    """Who flushes looks at the notes that were made since it began, so that none takes another's away."""
+    cdef BlockError *note = &r.write_error[b & (ERRORS - 1)]
+    note.block = b
+    note.error = err
+    note.tries = tries
+    note.at = u64_add(&r.write_failures, 1) + 1
+
+
 cdef uint32_t write_run(Slot *s, Region_t *r, uint64_t b, uint64_t end, bint resident) noexcept nogil:
-    """Claims dirty neighbours from b on, copies and writes them; how many blocks. In the host's case the request's own
-    thread ends it."""
+    """Claims dirty neighbours from b on, copies and writes them; how many blocks. 0: b is not what it was; CANNOT: it
+    can't be copied. In the host's case the request's own thread ends it."""
     cdef Slot *c = s
     cdef uint32_t n
     cdef int err
     cdef uint32_t epoch = 0
+    cdef uint64_t i
     if r.writes_back and r.hosted:
         c = carrier_wait_write(r)
         if c == NULL:
-            return 0                        # the engine stops
+            return CANNOT                   # the engine stops
     elif slot_buffer(s) != 0:
-        return 0
+        return CANNOT
     n = copy_run(c, r, b, end, resident)
-    if c != s:
-        if n == 0:
+    if n == 0 or n == CANNOT:
+        if c != s:
             carrier_return(c)
-            return 0
+        return n
+    if c != s:
         c.carrier.first = b
         c.carrier.count = n
         carrier_pass(c, r, T_WRITE)
         return n
-    if n:
-        err = store_bytes(s, r, b, n, &epoch)
+    err = store_bytes(s, r, b, n, s.staging, n > 1, &epoch)
+    if err == 0 or n == 1:
         acknowledge(s, r, b, n, err, epoch)
+        return n
+    count(s, r, C_WRITE_ERRORS, 1)
+    for i in range(n):                      # one bad block does not take its neighbours along
+        err = store_bytes(s, r, b + i, 1, s.staging + (i << r.shift), False, &epoch)
+        acknowledge(s, r, b + i, 1, err, epoch)
     return n
 
 
@@ -144,33 +165,42 @@ cdef uint32_t copy_run(Slot *s, Region_t *r, uint64_t b, uint64_t end, bint resi
     WRITING. How many."""
     cdef uint64_t most = RUN_BYTES >> r.shift
     cdef uint32_t n = 0, state
+    cdef int done = 0
+    if most == 0:
+        most = 1
     if end - b < most:
         most = end - b
     critical_enter(s)
-    while n < (most if most else 1):
+    u32_add(&r.writing, <uint32_t>most)     # before the first looks clean: who flushes waits for those under way
+    while n < most:
         state = u32_load(&r.state[b + n]) & STATE_MASK
         if u32_load(&r.state[b + n]) & WRITING or state != POOLED_DIRTY and not (resident and state == DIRTY):
             break
-        if not copy_block(s, r, b + n, state, s.staging + (<uint64_t>n << r.shift)):
+        done = copy_block(s, r, b + n, state, s.staging + (<uint64_t>n << r.shift))
+        if done <= 0:
             break
         n += 1
-    u32_add(&r.writing, n)
+    if n < most:
+        u32_sub(&r.writing, <uint32_t>most - n)
+        u32_add_seq(&r.write_turn, 1)
+        futex_wake_all(&r.write_turn)
     critical_leave(s)
-    return n
+    return CANNOT if n == 0 and done < 0 else n
 
 
-cdef bint copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *target) noexcept nogil:
-    """One dirty block, which is on its way to its store then. One that is pinned where the kernel's own writes to
-    protected memory are not served (a readinto may be under way) is copied as it is, and stays dirty."""
+cdef int copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *target) noexcept nogil:
+    """One dirty block: 1, and it is on its way to its store; 0: it is not in that state any more; -1: it can't be
+    copied now. One that is pinned where the kernel's own writes to protected memory are not served (a readinto may be
+    under way), or that can't be protected (older kernels), is copied as it is, and stays dirty."""
     cdef char *start = r.base + (b << r.shift)
     cdef uint64_t span = block_span(r, b)
     cdef bint shared = is_shared(r)
-    cdef bint done = True, stays = state == DIRTY and not r.kernel_faults and u8_load(&r.pins[b]) != 0
+    cdef bint done = True, stays = state == DIRTY and (
+        not r.protect or not r.kernel_faults and u8_load(&r.pins[b]) != 0)
     if not claim_write(s, r, b, state):
-        return False
-    if not stays and state == DIRTY and (
-            not r.protect or uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0):
-        done = False                        # an madvise split it (older kernels), or the kernel can't: it stays dirty
+        return 0
+    if not stays and state == DIRTY and uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0:
+        done = False                        # an madvise split it (older kernels): it stays dirty
     elif shared:
         memcpy(target, r.alias + (b << r.shift), span)
     elif state == DIRTY:
@@ -179,9 +209,9 @@ cdef bint copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *tar
         memcpy(target, slot_at(r.engine, r.shift, r.place[b]), span)
     if not done:
         publish(r, b, 1, state)             # protected, but dirty: a write lifts it
-        return False
+        return -1
     publish(r, b, 1, (DIRTY if stays else CLEAN if state == DIRTY else POOLED) | WRITING)
-    return True
+    return 1
 
 
 cdef bint claim_write(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
@@ -195,17 +225,18 @@ cdef bint claim_write(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept
     return False
 
 
-cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_t *epoch) noexcept nogil:
-    """The slot's buffer to the store, tried again up to `retries` times: 0, or -errno."""
+cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *bytes, bint once,
+                     uint32_t *epoch) noexcept nogil:
+    """Blocks to the store, tried again up to `retries` times unless `once`: 0, or -errno."""
     cdef uint64_t pause = 1000000, t0 = now_ns()
     cdef uint32_t tries = 0
     cdef int err
     while True:
         if r.writes_back:
-            err = r.fill.store(r.fill.self, s.index, b << r.shift, s.staging, run_bytes(r, b, n))
+            err = r.fill.store(r.fill.self, s.index, b << r.shift, bytes, run_bytes(r, b, n))
         else:
-            err = spill_write(r, b, n, s.staging, epoch)
-        if err == 0 or tries >= r.retries or u32_load(&r.engine.stopping):
+            err = spill_write(r, b, n, bytes, epoch)
+        if err == 0 or once or tries >= r.retries or u32_load(&r.engine.stopping):
             break
         tries += 1
         count(s, r, C_WRITE_ERRORS, 1)
@@ -232,6 +263,8 @@ cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uin
         count(s, r, C_BYTES_WRITTEN, run_bytes(r, b, n))
         r.write_again_ns = 0
         r.write_pause_ns = 0
+        if r.writes_back:
+            u32_store(&r.unsynced, 1)
     else:
         count(s, r, C_WRITE_ERRORS, 1)
         r.write_pause_ns = WRITE_PAUSE_NS if r.write_pause_ns == 0 else r.write_pause_ns * 2
@@ -240,9 +273,9 @@ cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uin
         r.write_again_ns = now_ns() + r.write_pause_ns
     for i in range(b, b + n):
         if err != 0:
-            r.write_error[i & (ERRORS - 1)].block = i
-            r.write_error[i & (ERRORS - 1)].error = err
-            r.write_error[i & (ERRORS - 1)].tries = r.retries + 1
+            note_unwritten(r, i, err, r.retries + 1)
+        elif r.write_error[i & (ERRORS - 1)].block == i:
+            r.write_error[i & (ERRORS - 1)].error = 0
         critical_enter(s)
         acknowledge_block(s, r, i, err, epoch)
         critical_leave(s)
@@ -283,17 +316,22 @@ cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t 
 cdef int sync_store(Region_t *r) noexcept nogil:
     """Makes durable what the provider acknowledged. 0 or -errno. Waits for the store."""
     cdef Slot *c
-    cdef int err
+    cdef int err = 0
     if not r.writes_back:
         return 0                            # private: nothing of it outlives the region
+    u32_store(&r.unsynced, 0)               # what is acknowledged from here on may not be in it
     if r.hosted:
         c = carrier_wait_write(r)
         if c == NULL:
-            return -EIO
-        err = host_sync(c, r)
-        carrier_return(c)
-        return err
-    return r.fill.sync(r.fill.self) if r.fill.sync != NULL else 0
+            err = -EIO
+        else:
+            err = host_sync(c, r)
+            carrier_return(c)
+    elif r.fill.sync != NULL:
+        err = r.fill.sync(r.fill.self)
+    if err != 0:
+        u32_store(&r.unsynced, 1)
+    return err
 
 
 cdef bint wait_written(Region_t *r, uint64_t timeout_ns) noexcept nogil:

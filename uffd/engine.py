@@ -260,11 +260,20 @@ def require_userfaultfd() -> str:
 
 
 def _flush_at_exit() -> None:
-    """A normal exit writes back what is dirty, each region within its timeout_s. In a forked child there is nothing to
-    write back: its regions are private."""
+    """A normal exit writes back what is dirty, each region within its timeout_s, those too whose last array has died a
+    moment ago. In a forked child there is nothing to write back: its regions are private."""
+    failures: list[Exception] = []
     for engine in list(_engines):
         for region in list(engine.regions):
-            region._flush_at_exit()
+            try:
+                region._flush_at_exit()
+            except Exception as error:           # the others are to be flushed all the same
+                failures.append(error)
+    _core.wait_for_graves()
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} regions could not be flushed at the end of the process", failures)
 
 
 atexit.register(_flush_at_exit)

@@ -295,7 +295,7 @@ class Region(_core.Region):
         runs = np.ascontiguousarray(self._runs(where), np.int64)
         if not len(runs):
             return 0
-        if self.mode != "r":
+        if self.mode != "r" and not self._options["volatile"]:
             self._write_back(runs, None)
         return _core.evict(self, runs)
 
@@ -333,10 +333,11 @@ class Region(_core.Region):
 
     def _write_back(self, runs: np.ndarray, timeout_s: float | None) -> None:
         timeout_ns = None if timeout_s is None else max(0, int(timeout_s * 1e9))
+        since = _core.write_failures(self)
         if not _core.write_back(self, runs, timeout_ns):
             raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: not written back within {timeout_s} s; "
                                f"{_core.unwritten(self)} blocks are left")
-        failed = [entry for first, end in runs.tolist() for entry in _core.write_errors(self, first, end)]
+        failed = [entry for first, end in runs.tolist() for entry in _core.write_errors(self, first, end, since)]
         if failed:
             raise self._write_error(failed)
 
