@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -25,7 +26,7 @@ enum manner {
     FAIL,        /* the call is not made, errno is set */
     PARTIAL,     /* COPY, CONTINUE: only `argument` pages are done; EAGAIN with the bytes done */
     EXISTED,     /* COPY, CONTINUE: done without a wake-up, then EEXIST: as if another thread had won */
-    SHORT,       /* pread: at most `argument` bytes */
+    SHORT,       /* pread, pwrite: at most `argument` bytes */
     MASK         /* UFFDIO_API: the kernel lacks the feature bits `argument` */
 };
 
@@ -210,9 +211,40 @@ static ssize_t pread_any(int fd, void *out, size_t nbytes, off_t offset)
 ssize_t pread(int fd, void *out, size_t nbytes, off_t offset) { return pread_any(fd, out, nbytes, offset); }
 ssize_t pread64(int fd, void *out, size_t nbytes, off_t offset) { return pread_any(fd, out, nbytes, offset); }
 
+static int is_memfd(int fd)
+{
+    char path[64], target[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    ssize_t n = syscall(SYS_readlink, path, target, sizeof target - 1);
+    return n >= 7 && !strncmp(target, "/memfd:", 7);
+}
+
+/* To files; what goes into a region's own shared pages is left alone. */
+static ssize_t pwrite_any(int fd, const void *bytes, size_t nbytes, off_t offset)
+{
+    struct rule *r = atomic_load(&rules_n) && !is_memfd(fd) ? hit("pwrite") : NULL;
+    if (r && r->manner == SHORT)
+        return syscall(SYS_pwrite64, fd, bytes, nbytes < (size_t)r->argument ? nbytes : (size_t)r->argument, offset);
+    return r ? refuse(r) : syscall(SYS_pwrite64, fd, bytes, nbytes, offset);
+}
+
+ssize_t pwrite(int fd, const void *bytes, size_t nbytes, off_t offset) { return pwrite_any(fd, bytes, nbytes, offset); }
+ssize_t pwrite64(int fd, const void *bytes, size_t nbytes, off_t offset)
+{
+    return pwrite_any(fd, bytes, nbytes, offset);
+}
+
+int fdatasync(int fd)
+{
+    struct rule *r = hit("fdatasync");
+    return r ? refuse(r) : (int)syscall(SYS_fdatasync, fd);
+}
+
 static int open_any(const char *path, int flags, mode_t mode)
 {
     struct rule *r = !strcmp(path, "/dev/userfaultfd") ? hit("device") : NULL;
+    if (!r && (flags & O_TMPFILE) == O_TMPFILE)
+        r = hit("tmpfile");
     return r ? refuse(r) : (int)syscall(SYS_openat, -100, path, flags, mode);
 }
 

@@ -25,6 +25,7 @@ from support import leaks  # noqa: F401
 from support.matrix import where_from_environment
 from support.native import Control, checked, controlled, library  # noqa: F401
 from support.pattern import pattern, seeded, stress_seconds  # noqa: F401
+from support.stores import Store, stored  # noqa: F401
 
 PAGE = uffd._core.PAGE_BYTES
 BLOCK = 65536

@@ -378,3 +378,81 @@ uint64_t oracle_check(const unsigned char *area, size_t pages, size_t page_nbyte
     }
     return wrong;
 }
+
+/* ---- a store in memory, for providers that write: what it holds, and how the next writes go wrong ---- */
+
+/* Laid out as support/stores.py's Store. */
+struct store {
+    unsigned char *bytes;              /* what is stored; a read or write past nbytes is EFBIG */
+    uint64_t nbytes;
+    _Atomic uint64_t reads, writes, failures;
+    _Atomic uint64_t delay_us;         /* of each write */
+    uint64_t fail_start, fail_stop;    /* writes that touch [start, stop) answer fail_answer */
+    _Atomic int64_t fail_answer;
+    _Atomic int64_t fail_times;        /* failures left; negative: for ever */
+    uint64_t fail_keeps;               /* bytes of a failed write that are stored all the same */
+    uint64_t gate_start, gate_stop;    /* writes that touch [start, stop) wait while gate_closed */
+    _Atomic uint32_t gate_closed, gate_waiters;
+    uint64_t count_block_bytes;
+    _Atomic uint32_t *counts;          /* writes per block, NULL: not counted */
+    _Atomic uint32_t *running;
+    _Atomic uint32_t overlaps;         /* writes of a block begun while another write of it ran */
+};
+
+int store_read(void *self, uint64_t offset, void *block, size_t nbytes)
+{
+    struct store *s = self;
+    atomic_fetch_add(&s->reads, 1);
+    if (offset + nbytes > s->nbytes)
+        return -EFBIG;
+    memcpy(block, s->bytes + offset, nbytes);
+    return 0;
+}
+
+static void store_note(struct store *s, uint64_t offset, size_t nbytes, int begin)
+{
+    for (uint64_t at = offset; s->counts && at < offset + nbytes; at += s->count_block_bytes) {
+        uint64_t block = at / s->count_block_bytes;
+        if (!begin)
+            atomic_fetch_sub(&s->running[block], 1);
+        else if (atomic_fetch_add(&s->counts[block], 1), atomic_fetch_add(&s->running[block], 1))
+            atomic_fetch_add(&s->overlaps, 1);
+    }
+}
+
+static int store_takes_failure(struct store *s)
+{
+    int64_t left = atomic_load(&s->fail_times);
+    while (left > 0)
+        if (atomic_compare_exchange_weak(&s->fail_times, &left, left - 1))
+            return 1;
+    return left < 0;
+}
+
+int store_write(void *self, uint64_t offset, const void *block, size_t nbytes)
+{
+    struct store *s = self;
+    uint32_t waited_us = 0;
+    int answer = 0;
+    size_t keeps = nbytes;
+    if (offset + nbytes > s->nbytes)
+        return -EFBIG;
+    store_note(s, offset, nbytes, 1);
+    if (overlaps(offset, nbytes, s->gate_start, s->gate_stop)) {
+        atomic_fetch_add(&s->gate_waiters, 1);
+        for (; atomic_load(&s->gate_closed) && waited_us < GATE_TIMEOUT_US; waited_us += GATE_STEP_US)
+            usleep(GATE_STEP_US);
+        atomic_fetch_sub(&s->gate_waiters, 1);
+    }
+    if (atomic_load(&s->delay_us))
+        usleep((useconds_t)atomic_load(&s->delay_us));
+    if (overlaps(offset, nbytes, s->fail_start, s->fail_stop) && store_takes_failure(s)) {
+        answer = (int)atomic_load(&s->fail_answer);
+        keeps = s->fail_keeps < nbytes ? s->fail_keeps : nbytes;
+        atomic_fetch_add(&s->failures, 1);
+    }
+    memcpy(s->bytes + offset, block, keeps);
+    atomic_fetch_add(&s->writes, 1);
+    store_note(s, offset, nbytes, 0);
+    return answer;
+}

@@ -113,6 +113,8 @@ def library():
         "handler_last_address": (pointer,),
         "storm_start": (pointer, ctypes.c_int, ctypes.c_uint),
         "storm_stop": (u64, pointer),
+        "store_read": (ctypes.c_int, pointer, u64, pointer, size),
+        "store_write": (ctypes.c_int, pointer, u64, pointer, size),
         "oracle_write": (None, pointer, size, size),
         "oracle_visit": (ctypes.c_int, pointer, size, size, u64, u64, pointer, pointer),
         "oracle_check": (u64, pointer, size, size, pointer),
