@@ -617,6 +617,8 @@ cdef void fail_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t tries, 
 cdef void poison_pages(Region_t *r, uint64_t b) noexcept nogil:
     cdef char *start = r.base + (b << r.shift)
     if r.poison:
+        if is_shared(r) and r.protect:      # protection stays behind where a shared page was: POISON answers EEXIST there
+            uf_writeprotect(r.fd, <uint64_t>start, block_span(r, b), 0)
         place_run(r, OP_POISON, <uint64_t>start, 0, block_span(r, b), 0)
     elif not r.is_inline:
         say_poison(r, b)                    # no SIGBUS will come to say it: kernels before 6.6
