@@ -2,32 +2,32 @@
  *
  * Beside the file lies another one, the sidecar: two headers, a table with a checksum of each unit of 4 KiB, a journal.
  *
- *   store   appends a record to the journal: the bytes, their checksums, a checksum of that. Nothing else is written, so
- *           whatever ends the process leaves the record whole or worthless, and the file as it was. From then on a fill
- *           takes these units from the journal.
+ *   store   appends a record to the journal: the bytes, their checksums, a checksum of that. Nothing else is written,
+ *           so whatever ends the process leaves the record whole or worthless, and the file as it was. From then on a
+ *           fill takes these units from the journal.
  *   sync    makes the journal durable, then copies it: into the file, and the checksums into the table; makes both
  *           durable; then a header with a new generation makes the journal void, and its room is used again. A crash in
  *           the midst finds the old generation, and all its records are there to be copied again.
  *   open    reads the records of the header's generation up to the first that is not whole. Who may write copies them.
  *
- * So a store that was acknowledged survives the death of the process (its record is in the kernel's hands), one that was
- * synced survives the loss of power, and after a sync the file has what was written, for everybody to read. A record
- * spans a whole store: all of a block's units are old, or all are new. No write to the file or the table begins before
- * the journal is durable that can repair it. When the journal holds CHECKED_JOURNAL_BYTES, a store syncs first.
+ * So a store that was acknowledged survives the death of the process (its record is in the kernel's hands), one that
+ * was synced the loss of power, and after a sync the file has what was written, for everybody to read. A record spans
+ * a whole store: all of a block's units are old, or all are new. No write to the file or the table begins before the
+ * journal is durable that can repair it. When the journal holds CHECKED_JOURNAL_BYTES, a store syncs first.
  *
  * The two headers lie in pages of their own and are written in turn, so that one is whole at any time. A record of the
  * last generation that was not yet overwritten when power was lost does no harm when it is copied again: nothing newer
  * was copied before the newer header was durable.
  *
- * Checksums: XXH64 (Yann Collet; https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md), with the unit's number
- * and a random number of the sidecar's own as its seed, so that bytes in the wrong place don't pass.
+ * Checksums: XXH64 (Yann Collet; https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md), with the unit's
+ * number and a random number of the sidecar's own as its seed, so that bytes in the wrong place don't pass.
  *
- * Threads: open and close by one at a time; the others by any number. Fills go on during a sync. In a forked child fills
- * alone are allowed: it takes no lock (whose owner is not there), and where the parent has moved on meanwhile it looks
- * again. After an fdatasync of the journal failed nothing is stored any more: the kernel may have dropped pages that it
- * now calls clean.
+ * Threads: open and close by one at a time; the others by any number. Fills go on during a sync. In a forked child
+ * fills alone are allowed: it takes no lock (whose owner is not there), and where the parent has moved on meanwhile it
+ * looks again. After an fdatasync of the journal failed nothing is stored any more: the kernel may have dropped pages
+ * that it now calls clean.
  *
- * Uses: _sys.h. Provides: uffd_checked_make, _open, _fill, _store, _sync, _close; all answer 0 or -errno: EBADMSG for
+ * Provides: uffd_checked_make, _open, _fill, _store, _sync, _close; all answer 0 or -errno: EBADMSG for
  * bytes that are not those of their checksum, ESTALE for a file whose size or a sidecar whose offset is another, EBUSY
  * while another has it open for writing. Damage to the journal costs what was stored since the last sync, as a loss of
  * power does.
@@ -49,8 +49,8 @@
 #include <unistd.h>
 
 enum {
-    CHECKED_UNIT = 4096,                /* divides every block */
-    CHECKED_RECORD_UNITS = 4096,        /* of one record, at most: the largest block */
+    CHECKED_UNIT = 4 << 10,             /* divides every block */
+    CHECKED_RECORD_UNITS = 4 << 10,     /* of one record, at most: the largest block */
     CHECKED_TABLE = 2 * CHECKED_UNIT,   /* where the table begins */
     CHECKED_CHUNK_UNITS = 256,          /* checksums and bytes are moved in pieces of so many units */
     CHECKED_CHILD_TRIES = 200,          /* of a forked child, a millisecond apart */

@@ -74,6 +74,9 @@ class Filler:
     def again(self) -> Filler:
         return self
 
+    def shared(self, writable: bool) -> Filler:
+        return self
+
     @staticmethod
     def zero() -> Filler:
         return Filler("zero", None)
@@ -88,6 +91,10 @@ class Filler:
     @staticmethod
     def open_file(fd: int, offset: int, nbytes: int, direct: bool, writable: bool = False) -> Filler:
         return Filler("file", nbytes, fd, writes=writable)
+
+    @staticmethod
+    def checked_file(fd: int, side: int, offset: int, nbytes: int, writable: bool) -> Filler:
+        _refuse()
 
     @staticmethod
     def native_pointer(function: int, user_data: int, inline_safe: bool, keep: object, write: int = 0) -> Filler:
@@ -111,6 +118,10 @@ def buffer_address(buffer: Any) -> int:
 
 def wait_for_graves() -> None:
     """Nothing to wait for: no region was ever served."""
+
+
+def make_checksums(fd: int, side: int, offset: int, nbytes: int, id: int) -> None:
+    _refuse()
 
 
 def _refuse() -> NoReturn:

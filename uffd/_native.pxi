@@ -1,10 +1,10 @@
 # Native providers: where the bytes of a block come from. Called by workers, or in the SIGBUS handler, never by Python.
 #
-# Uses:     _blosc2.h; the Fill of _core.pyx
+# Uses:     _blosc2.h, _checked.h; the Fill of _core.pyx
 # Provides: Filler (what a Region is given), with one constructor per kind
 
 from cython cimport no_gc_clear
-from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
 cdef extern from *:
     """
@@ -37,6 +37,17 @@ cdef extern from "_blosc2.h" nogil:
     void uffd_b2_close(uffd_b2 *self) noexcept
     int uffd_b2_fd(const uffd_b2 *self) noexcept
     void uffd_b2_forget(void *self, uint32_t slot) noexcept
+
+cdef extern from "_checked.h" nogil:
+    struct uffd_checked:
+        pass
+    int uffd_checked_make(int fd, int side, uint64_t offset, uint64_t nbytes, uint64_t id) noexcept
+    int uffd_checked_open(uffd_checked **out, int fd, int side, uint64_t offset, uint64_t nbytes,
+                          bint writable) noexcept
+    int uffd_checked_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
+    int uffd_checked_store(void *self, uint32_t slot, uint64_t offset, const void *block, size_t nbytes) noexcept
+    int uffd_checked_sync(void *self) noexcept
+    void uffd_checked_close(uffd_checked *self) noexcept
 
 cdef struct FileSource:
     int fd
@@ -116,6 +127,8 @@ cdef class Filler:
     cdef FileSource file
     cdef NativeSource native
     cdef uffd_b2 *frame
+    cdef uffd_checked *checked
+    cdef object __weakref__
     cdef Py_buffer view
     cdef bint has_view
     cdef object keep
@@ -138,10 +151,20 @@ cdef class Filler:
                 munmap(self.file.bounce[i], MAX_BLOCK_BYTES + 2 * PAGE)
         if self.frame != NULL:
             uffd_b2_close(self.frame)
+        if self.checked != NULL:
+            uffd_checked_close(self.checked)
 
     def again(self):
         """Another one of the same: what is kept per slot must not be shared by two engines."""
-        return self.remake()
+        return self.remake() if self.kind != "checked" else self.shared(self.fill.writes)
+
+    def shared(self, bint writable):
+        """Of a checked file: another one over the same journal, which keeps nothing per slot."""
+        cdef Filler other = Filler()
+        other.fill = self.fill
+        other.fill.writes = other.fill.writes and writable
+        other.kind, other.nbytes, other.keep = self.kind, self.nbytes, self
+        return other
 
     @staticmethod
     def zero():
@@ -185,6 +208,28 @@ cdef class Filler:
         f.fill.self = &f.file
         f.fill.inline_safe = True
         f.fill.may_block = True
+        return f
+
+    @staticmethod
+    def checked_file(int fd, int side, uint64_t offset, uint64_t nbytes, bint writable):
+        """A file and its sidecar. Takes both descriptors over, unless it raises OSError with the errno of
+        _checked.h."""
+        cdef Filler f = Filler()
+        cdef int err
+        with nogil:
+            err = uffd_checked_open(&f.checked, fd, side, offset, nbytes, writable)
+        if err != 0:
+            raise _os_error(err, "the file and its checksums can't be opened")
+        f.kind = "checked"
+        f.nbytes = nbytes
+        f.fill.kind = FILL_CALL
+        f.fill.call = &uffd_checked_fill
+        if writable:
+            f.fill.writes = True
+            f.fill.store = &uffd_checked_store
+            f.fill.sync = &uffd_checked_sync
+        f.fill.self = f.checked
+        f.fill.may_block = True             # it takes locks: not for a signal handler
         return f
 
     @staticmethod
@@ -233,6 +278,35 @@ cdef class Filler:
         f.fill.may_block = True
         return f
 
+    def fill_now(self, uint64_t offset, out):
+        """Of one with a function, by this thread; for regions that no engine serves. OSError."""
+        cdef Py_buffer view
+        cdef int err
+        PyObject_GetBuffer(out, &view, PyBUF_ANY_CONTIGUOUS | PyBUF_WRITABLE)
+        with nogil:
+            err = self.fill.call(self.fill.self, 0, offset, view.buf, <size_t>view.len)
+        PyBuffer_Release(&view)
+        if err != 0:
+            raise _os_error(err, "can't be read")
+
+    def store_now(self, uint64_t offset, data):
+        """The same, of what goes back."""
+        cdef Py_buffer view
+        cdef int err
+        PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
+        with nogil:
+            err = self.fill.store(self.fill.self, 0, offset, view.buf, <size_t>view.len)
+        PyBuffer_Release(&view)
+        if err != 0:
+            raise _os_error(err, "can't be written")
+
+    def sync_now(self):
+        cdef int err
+        with nogil:
+            err = self.fill.sync(self.fill.self)
+        if err != 0:
+            raise _os_error(err, "can't be made durable")
+
     @property
     def writes(self):
         """Whether it can be written back to."""
@@ -264,6 +338,15 @@ def is_private(uint64_t start, uint64_t end):
     except OSError:
         pass                                # no /proc: the guarded copy it is
     return start == end
+
+
+def make_checksums(int fd, int side, uint64_t offset, uint64_t nbytes, uint64_t id):
+    """The sidecar of a file as it is now, for Filler.checked_file. Reads all of it. OSError."""
+    cdef int err
+    with nogil:
+        err = uffd_checked_make(fd, side, offset, nbytes, id)
+    if err != 0:
+        raise _os_error(err, "no checksums could be made")
 
 
 def capsule_address(capsule):

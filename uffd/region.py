@@ -277,7 +277,7 @@ class Region(_core.Region):
         offset = block * self.block_bytes
         nbytes = min(self.block_bytes, self.nbytes - offset)
         text = None if self.closed else self._text_of(block)
-        why = os.strerror(number)
+        why = getattr(self.provider, "causes", {}).get(number) or os.strerror(number)
         if text:
             why = text.strip().splitlines()[-1]
         elif number in _HOST_CAUSES and is_hosted(_served(self.provider)):

@@ -48,18 +48,15 @@ def open(
     finds it. Empty arrays have no region.
 
     mode: "c" (default): arrays can be written to, privately, and the file never changes. "r": arrays are not
-    writeable. "r+": what is written to an array goes back into its local ``.npy`` or ``.safetensors`` (a shard of an
-    index, too): for certain when `region_of(array).flush()` has returned, or at the end of the region or of the
-    program, and earlier where memory is short; a crash in between leaves the file with some blocks new and some old.
-    Header, dtype, shape and size stay. ValueError for all else: compressed, remote, zarr.
+    writeable. "r+", of a local ``.npy`` or ``.safetensors`` (ValueError for all else): what is written goes back into
+    the file, for certain when `region_of(array).flush()` returns, or at the end; after a crash some blocks are new.
     engine: the `Engine` to serve the region, by default `default_engine()`.
     region_options: passed on to `Region`. Unless given, ``name`` is the path, and ``block_bytes`` follows the
     compressed blocks of a Blosc2 file or the chunks of a zarr array.
     storage_options: fsspec's options for a URL (credentials, headers); must be None for a local path.
 
     A file is served as it was when it was opened here: bytes of a remote file that has changed since are an error.
-    Two regions over one local file (two `open` calls, two processes) do not see each other's writes, and with "r+" the
-    last block written back wins.
+    Two regions over one file don't see each other's writes; of two with "r+" the last block written back wins.
     A zarr store must not be written to while it is in use.
 
     A mapping opens each shard's region when a tensor of it is asked for first; ``.metadata`` holds the file's own

@@ -113,13 +113,27 @@ class File(_NativeProvider):
     nbytes is what the file held when it was opened. A file that has become shorter since, or a short read, is an error
     (ENODATA), never zeros. direct: past the page cache (O_DIRECT), for files far larger than memory. writable: a region
     over it writes back what was written (mode "r+"), by pwrite; `flush` is fdatasync. A crash in between may leave a
-    block half written. The file keeps its size. It is opened here (OSError).
+    block half written, unless it has checksums. The file keeps its size. It is opened here (OSError).
+
+    checksums: whatever ends the program, or the machine, leaves each block old or new, and bytes that are not those
+    that were written are an error (EBADMSG), never data. A block that was written back survives the death of the
+    process, one that was flushed the loss of power. `File.checksum(path)` makes the checksums once, in `path`.uffd;
+    that file also has the journal in which a block lies until the next flush (at most 80 MiB, each block is written
+    twice), so the two belong together. The file alone has all of it after a flush or a clean end, for any program to
+    read; one that writes to it makes it unreadable here, until its checksums are made again. One process that
+    writes, or any number that read, at a time (EBUSY): from here on until this and its regions are gone. Not with
+    `direct`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], offset: int = 0, *, writable: bool = False,
-                 direct: bool = False) -> None:
+    causes = {errno.EBADMSG: "the bytes are not those of their checksum: the file was damaged, or written to by "
+                             "another program; uffd.providers.File.checksum(path) accepts it as it is now"}
+
+    def __init__(self, path: str | os.PathLike[str], offset: int = 0, *, writable: bool = False, direct: bool = False,
+                 checksums: bool = False) -> None:
         offset = operator.index(offset)
         name = os.fspath(path)
+        if checksums and direct:
+            raise ValueError("direct and checksums don't go together: the journal's bytes pass through the page cache")
         # O_NONBLOCK: opening a FIFO would wait for a writer. Not all systems have each of them; Windows has O_BINARY.
         wanted = ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY", *(("O_DIRECT",) if direct else ()))
         fd = os.open(name, functools.reduce(operator.or_, (getattr(os, flag, 0) for flag in wanted),
@@ -132,15 +146,26 @@ class File(_NativeProvider):
             size = os.lseek(fd, 0, os.SEEK_END)  # block devices have no st_size
             if not 0 <= offset <= size:
                 raise ValueError(f"{name}: offset {offset} is outside the file of {size} bytes")
-            self._made = _core.Filler.open_file(fd, offset, size - offset, bool(direct), bool(writable))
+            self._made = _checked_filler(name, fd, offset, size - offset, writable) if checksums else \
+                _core.Filler.open_file(fd, offset, size - offset, bool(direct), bool(writable))
         except BaseException:
             os.close(fd)
             raise
         self.nbytes = size - offset
         self._fd, self._offset, self._direct = fd, offset, bool(direct)          # the Filler closes it
-        self._recipe = ((os.path.abspath(os.fsdecode(name)), offset), {"direct": bool(direct),
-                                                                               "writable": bool(writable)})
-        self.title = f"File({Path(name).name!r}{f', offset={offset}' if offset else ''})"
+        self.checksums = bool(checksums)
+        self._recipe = ((os.path.abspath(os.fsdecode(name)), offset),
+                        {"direct": bool(direct), "writable": bool(writable), "checksums": bool(checksums)})
+        self.title = f"File({Path(os.fsdecode(name)).name!r}{f', offset={offset}' if offset else ''})"
+
+    @staticmethod
+    def checksum(path: str | os.PathLike[str], offset: int = 0) -> None:
+        """Makes the checksums for File(path, offset, checksums=True) of what the file has now, or makes them anew;
+        blocks until all of it was read. What a program that died had written back reaches the file first. OSError
+        (EBUSY where it is open); ValueError for an empty one."""
+        from .checksums import make
+
+        make(os.fspath(path), operator.index(offset))
 
 
 class Blosc2File(_NativeProvider):
@@ -199,6 +224,12 @@ class Native(_NativeProvider):
         self._address, self._data, self._write_address = address, data, write_address
         name = getattr(function, "__name__", type(function).__name__)
         self.title = f"Native({name})"
+
+
+def _checked_filler(name: Any, fd: int, offset: int, nbytes: int, writable: bool) -> _core.Filler:
+    from .checksums import opened
+
+    return opened(name, fd, offset, nbytes, writable)
 
 
 def _blosc2_library() -> str:
