@@ -24,11 +24,12 @@
  *
  * Threads: open and close by one at a time; the others by any number. Fills go on during a sync. In a forked child
  * fills alone are allowed: it takes no lock (whose owner is not there), and where the parent has moved on meanwhile it
- * looks again. After an fdatasync of the journal failed nothing is stored any more: the kernel may have dropped pages
- * that it now calls clean.
+ * looks again: it gets whole units then, but of a block that the parent has under way maybe some of each. After an
+ * fdatasync of the journal failed nothing is stored any more: the kernel may have dropped pages, and now
+ * calls them clean.
  *
- * Provides: uffd_checked_make, _open, _fill, _store, _sync, _close; all answer 0 or -errno: EBADMSG for
- * bytes that are not those of their checksum, ESTALE for a file whose size or a sidecar whose offset is another, EBUSY
+ * Provides: uffd_checked_make, _open, _fill, _store, _sync, _close; all answer 0 or -errno: EBADMSG for bytes that are
+ * not those of their checksum, ESTALE for a file whose size or a sidecar whose offset is another, EBUSY
  * while another has it open for writing. Damage to the journal costs what was stored since the last sync, as a loss of
  * power does.
  */
@@ -607,7 +608,14 @@ static inline int uffd_checked_open(struct uffd_checked **out, int fd, int side,
         return -ENOMEM;
     c->fd = fd, c->side = side, c->offset = offset, c->nbytes = nbytes, c->writable = writable, c->owner = getpid();
     pthread_mutex_init(&c->writer, NULL);
-    pthread_rwlock_init(&c->moved, NULL);
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+#ifdef PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP
+    /* glibc's own choice lets fills that follow one another keep a store out for ever */
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+#endif
+    pthread_rwlock_init(&c->moved, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
     int err = checked_begin(c);
     if (err) {
         flock(side, LOCK_UN);

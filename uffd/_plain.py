@@ -243,7 +243,8 @@ class _Native(Source):
 
     def store(self, offset: int, data: bytes) -> None:
         assert self._write is not None, "only who writes is asked to"
-        self._check(self._write(self._data or None, offset, ctypes.cast(data, ctypes.c_void_p), len(data)))
+        self._check(self._write(self._data or None, offset, ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p),
+                                len(data)))
 
     def _check(self, answer: int) -> None:
         if answer:

@@ -44,7 +44,8 @@ class Written:
         """(block, bytes) of neighbours that differ, up to most_bytes at once; a copy, so that what is written is what
         was compared."""
         for first, end in runs:
-            start, found = first, []
+            start = first
+            found: list[bytes] = []
             for block in range(first, end):
                 data = bytes(self._bytes_of(block))
                 differs = self._differs(block, data)
@@ -113,8 +114,9 @@ def _close_all(given: queue.SimpleQueue[EagerRegion | None]) -> None:
             region._end()
         except Exception:
             kind, value, trace = sys.exc_info()
-            sys.unraisablehook(_Unraisable(kind, value, trace, f"uffd: {region.name!r} was not flushed", region))
-            del value, trace
+            told: Any = _Unraisable(kind, value, trace, f"uffd: {region.name!r} was not flushed", region)
+            sys.unraisablehook(told)
+            del told, value, trace
         del region                               # until the next one comes, nobody would free it
 
 

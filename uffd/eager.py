@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -83,7 +84,7 @@ class EagerEngine(Engine):
     @property
     def resident_bytes(self) -> int:
         """Bytes of all regions: all are in memory."""
-        return sum(region.nbytes for region in list(self._regions) if region._memory is not None)
+        return sum(region.nbytes for region in cast(Any, list(self._regions)) if region._memory is not None)
 
     def stats(self) -> Stats:
         """The sum over all regions, those included that are closed."""
@@ -188,7 +189,8 @@ class EagerRegion(Region):
         if is_hosted(_served(self.provider)):    # one in Python may know its size, and whether it writes, only now
             self._attempt(source.open, 0, 0)
         self.nbytes = _checked_size(nbytes, source.nbytes, self.provider)
-        self.mode = _checked_mode(self._options["mode"], source.writes, self._options["volatile"], self.provider)
+        asked: Any = self._options
+        self.mode = _checked_mode(asked["mode"], source.writes, asked["volatile"], self.provider)
         _check_budget(self)
         self._memory = _plain.memory_of(self.nbytes, self.name)
         self._bytes = np.frombuffer(self._memory, np.uint8)
@@ -224,7 +226,7 @@ class EagerRegion(Region):
             for offset, stop in batch:
                 for at in range(offset, stop, self.block_bytes):
                     out = self._bytes[at:min(at + self.block_bytes, stop)]
-                    self._attempt(lambda at=at, out=out: source.read([(at, out)]), at, len(out))
+                    self._attempt(partial(source.read, [(at, out)]), at, len(out))
         for offset, stop in batch:
             self._present[offset // self.block_bytes:-(-stop // self.block_bytes)] = True
         _note_time(self._fill_times, began)
@@ -353,7 +355,8 @@ class EagerRegion(Region):
         return self._stats()
 
     def _stats(self) -> Stats:
-        return Stats(blocks_prefetch=self.block_count, bytes_filled=self.nbytes, **self._tried,
+        tried: Any = self._tried
+        return Stats(blocks_prefetch=self.block_count, bytes_filled=self.nbytes, **tried,
                      fill=LatencyHistogram(tuple(self._fill_times)), write=LatencyHistogram(tuple(self._write_times)))
 
     def _stats_or_none(self) -> Stats | None:
