@@ -143,9 +143,10 @@ class EagerRegion(Region):
                  delivery: str = "auto", readahead_bytes: int | None = None, volatile: bool = False,
                  on_error: str = "poison", retries: int = 3, timeout_s: float = 30.0) -> None:
         provider = _or_scratch(provider)
-        options: dict[str, Any] = dict(
-            name=name, mode=mode, block_bytes=block_bytes, backing=backing, delivery=delivery, volatile=volatile,
-            readahead_bytes=readahead_bytes, on_error=on_error, retries=retries, timeout_s=timeout_s)
+        options: dict[str, Any] = {
+            "name": name, "mode": mode, "block_bytes": block_bytes, "backing": backing, "delivery": delivery,
+            "readahead_bytes": readahead_bytes, "volatile": volatile, "on_error": on_error, "retries": retries,
+            "timeout_s": timeout_s}
         served = _served(provider)
         _check_options(**options)
         engine = _checked_engine(engine)
@@ -355,8 +356,7 @@ class EagerRegion(Region):
         return self._stats()
 
     def _stats(self) -> Stats:
-        tried: Any = self._tried
-        return Stats(blocks_prefetch=self.block_count, bytes_filled=self.nbytes, **tried,
+        return Stats(blocks_prefetch=self.block_count, bytes_filled=self.nbytes, **cast(Any, self._tried),
                      fill=LatencyHistogram(tuple(self._fill_times)), write=LatencyHistogram(tuple(self._write_times)))
 
     def _stats_or_none(self) -> Stats | None:

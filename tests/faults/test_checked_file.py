@@ -175,7 +175,7 @@ def test_what_another_program_wrote(path):
 def test_what_can_not_be_opened(path, tmp_path):
     """Goal: a sidecar that is missing, short, or another's: an OSError that names the file and the cure."""
     sidecar, saved = Path(f"{path}.uffd"), Path(f"{path}.uffd").read_bytes()
-    for change, number in (((lambda: sidecar.unlink()), errno.ENOENT),
+    for change, number in ((sidecar.unlink, errno.ENOENT),
                            ((lambda: sidecar.write_bytes(saved[:5000])), errno.EBADMSG),
                            ((lambda: sidecar.write_bytes(saved[:9000])), errno.EBADMSG),
                            ((lambda: os.truncate(path, NBYTES)), errno.ESTALE)):
