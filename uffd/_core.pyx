@@ -318,6 +318,7 @@ cdef void disarm(Engine_t *e, Slot *s) noexcept nogil:
 
 
 include "_fill.pxi"
+include "_words.pxi"
 include "_room.pxi"
 include "_evict.pxi"
 include "_store.pxi"

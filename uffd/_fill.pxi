@@ -617,7 +617,7 @@ cdef void fail_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t tries, 
 cdef void poison_pages(Region_t *r, uint64_t b) noexcept nogil:
     cdef char *start = r.base + (b << r.shift)
     if r.poison:
-        if is_shared(r) and r.protect:      # protection stays behind where a shared page was: POISON answers EEXIST there
+        if is_shared(r) and r.protect:      # it stays behind where a shared page was: POISON answers EEXIST there
             uf_writeprotect(r.fd, <uint64_t>start, block_span(r, b), 0)
         place_run(r, OP_POISON, <uint64_t>start, 0, block_span(r, b), 0)
     elif not r.is_inline:
@@ -637,68 +637,3 @@ cdef void poison_block(Region_t *r, uint64_t b) noexcept nogil:
     """Poison again, and let the fault go on to meet it."""
     poison_pages(r, b)
     uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
-
-
-cdef void describe_block(line *l, Region_t *r, uint64_t b) noexcept nogil:
-    line_text(l, b"uffd: region '")
-    line_text(l, r.name)
-    line_text(l, b"': block at offset ")
-    line_number(l, b << r.shift)
-    line_text(l, b" (")
-    line_number(l, run_bytes(r, b, 1))
-    line_text(l, b" bytes) ")
-
-
-cdef void say_poison(Region_t *r, uint64_t b) noexcept nogil:
-    """The last words before SIGBUS. Async-signal-safe."""
-    cdef line l
-    l.n = 0
-    describe_block(&l, r, b)
-    line_text(&l, b"could not be filled from ")
-    line_text(&l, r.provider)
-    line_text(&l, b": ")
-    line_errno(&l, errno_of(r, b))
-    line_text(&l, b" after ")
-    line_number(&l, tries_of(r, b))
-    line_text(&l, b" tries; this touch can't go on (populate() raises instead, and repairs the block)")
-    line_say(&l)
-    say_text(r, b)
-
-
-cdef void say_text(Region_t *r, uint64_t b) noexcept nogil:
-    """What the provider host said about it: a traceback."""
-    cdef Text *t = text_of(r, b)
-    if t != NULL:
-        say(t.text, t.nbytes)
-        say(b"\n", 1)
-
-
-cdef int errno_of(Region_t *r, uint64_t b) noexcept nogil:
-    if r.error[b & (ERRORS - 1)].block == b:
-        return -r.error[b & (ERRORS - 1)].error
-    return <int>((u32_load(&r.state[b]) >> OWNER_SHIFT) & OWNER_MASK)   # 10 bits of it: enough for what Linux has
-
-
-cdef uint32_t tries_of(Region_t *r, uint64_t b) noexcept nogil:
-    if r.error[b & (ERRORS - 1)].block == b:
-        return r.error[b & (ERRORS - 1)].tries
-    return r.retries + 1                    # its note was overwritten by another block's
-
-
-cdef void say_stuck(Region_t *r, uint64_t b, int err) noexcept nogil:
-    cdef line l
-    l.n = 0
-    describe_block(&l, r, b)
-    line_text(&l, b"is written to, and the kernel does not lift its write protection: ")
-    line_errno(&l, -err)
-    line_say(&l)
-
-
-cdef void say_own_region(Region_t *r, uint64_t b) noexcept nogil:
-    cdef line l
-    l.n = 0
-    describe_block(&l, r, b)
-    line_text(&l, b"was touched by its own fill function (")
-    line_text(&l, r.provider)
-    line_text(&l, b"): a provider must not touch the region it serves")
-    line_say(&l)

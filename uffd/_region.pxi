@@ -115,6 +115,11 @@ cdef class Region:
         return self.r == NULL or self.leaving
 
     @property
+    def gone(self):
+        """Whether its memory is, too: a closed one that arrays still use is there until the last of them dies."""
+        return self.r == NULL
+
+    @property
     def address(self):
         return <uintptr_t>_live(self).base
 

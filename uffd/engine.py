@@ -264,7 +264,7 @@ def _flush_at_exit() -> None:
     moment ago. In a forked child there is nothing to write back: its regions are private."""
     failures: list[Exception] = []
     for engine in list(_engines):
-        for region in list(engine.regions):
+        for region in list(engine._regions):
             try:
                 region._flush_at_exit()
             except Exception as error:           # the others are to be flushed all the same

@@ -64,6 +64,9 @@ class Region(_core.Region):
     read from the parent's memory at the child's first touch.
     """
 
+    nbytes: int
+    _options: dict[str, Any]
+
     def __new__(cls, *args: Any, engine: Engine | None = None, **options: Any) -> Region:
         if cls is Region and fills_whole(engine):
             from .eager import EagerRegion
@@ -318,6 +321,9 @@ class Region(_core.Region):
         is over first. Ctrl-C interrupts it. What other threads write meanwhile may or may not be in it.
         """
         self._check_open()
+        self._flush(timeout_s)
+
+    def _flush(self, timeout_s: float | None) -> None:
         if self.mode != "r+" or os.getpid() != self._pid:
             return
         blocks = -(-self.nbytes // self.block_bytes)
@@ -356,8 +362,8 @@ class Region(_core.Region):
         return error
 
     def _flush_at_exit(self) -> None:
-        if not self.closed:
-            self.flush(self._options["timeout_s"])
+        if not self.gone:                        # closed ones, too, that arrays still use
+            self._flush(self._options["timeout_s"])
 
     # ---- what is there ----
 
