@@ -207,7 +207,7 @@ cdef void demand_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint write, u
         else:
             got = begin_run(s, r, b, <uint32_t>(end - b), write, DEMAND, MISSING)
         if got == 0:
-            if s.no_room:
+            if s.no_room and u32_load(&r.state[b]) & STATE_MASK == MISSING:     # else it failed for room
                 room_wait(s, r, b, write)
             elif ask_for_wake(r, b, u32_load(&r.state[b])):
                 b += 1

@@ -227,7 +227,7 @@ cdef int inline_fill(Region_t *r, uint64_t b, bint write, uint32_t from_state) n
     cdef uint32_t got = begin_run(s, r, b, 1, write, DEMAND, from_state)
     if few_blocks(r.engine):
         note_touch(r.engine, <uint32_t>s.tid, <uint64_t>r.base + (b << r.shift))
-    while got == 0 and s.no_room:
+    while got == 0 and s.no_room and u32_load(&r.state[b]) & STATE_MASK == from_state:     # else it failed for room
         room_wait(s, r, b, write)
         got = begin_run(s, r, b, 1, write, DEMAND, from_state)
     if got:
