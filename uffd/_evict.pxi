@@ -444,7 +444,7 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     all others are moved.
     """
     cdef uint32_t word = u32_load(&r.state[b]), state = word & STATE_MASK
-    cdef bint protect = state == POOLED and not write and r.protect
+    cdef bint protect = state == POOLED and not (write and r.writable) and r.protect
     cdef bint shared = is_shared(r), can_move = r.moves and r.engine.pool_fd >= 0
     cdef bint copies = not shared and (not can_move or protect and not r.guard)
     cdef uint64_t span = block_span(r, b)

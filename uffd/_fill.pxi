@@ -199,7 +199,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         s.first = b
         s.count = n
         s.cause = cause
-        s.write = write or not r.protect and r.writable or u32_load(&r.state[b]) & (FROM_PARENT | KEPT)
+        s.write = write and r.writable or not r.protect and r.writable or u32_load(&r.state[b]) & (FROM_PARENT | KEPT)
         s.repair = from_state != MISSING
         s.tries = 0
         s.last_error = 0
