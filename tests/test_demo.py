@@ -410,6 +410,7 @@ def test_part_two_shows_what_it_does_on_a_terminal(model, tmp_path):
 
 
 @needs_userfaultfd
+@pytest.mark.deadline(150)
 @pytest.mark.parametrize("number, code, words", [
     (signal.SIGINT, 130, "uffd demo: interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")])
 def test_signals_in_part_two_leave_nothing(model, tmp_path, number, code, words):
@@ -421,6 +422,7 @@ def test_signals_in_part_two_leave_nothing(model, tmp_path, number, code, words)
     try:
         deadline_s = time.monotonic() + DEADLINE_S
         while not children_in_group(process.pid, b"uffd.demo._zipf") and time.monotonic() < deadline_s:
+            assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         time.sleep(1)                            # well into it
         os.killpg(process.pid, number)

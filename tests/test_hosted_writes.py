@@ -117,7 +117,7 @@ def test_reads_and_writes_go_on_together(make, path):
 ], ids=lambda value: value if isinstance(value, str) and " " not in value else "")
 def test_failures_have_their_own_words(make, path, how, number, text):
     """Goal: what a provider raises or returns has errno and text told after all retries; others go on."""
-    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK), retries=2)
+    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK), retries=2, mode="c")
     found, tries, told = store(region, BLOCK, bytes(BLOCK)) if how.startswith("write") else flush(region)
     assert (found, tries) == (number, 3) and text in told
     assert "_host.py" not in told
@@ -128,7 +128,7 @@ def test_failures_have_their_own_words(make, path, how, number, text):
 def test_what_fails_is_asked_again(make, path, tmp_path, how):
     """Goal: a write or flush that failed, or whose host died with it, is given again with the same bytes."""
     log = str(tmp_path / "log")
-    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK, log, at_most=2), retries=3)
+    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK, log, at_most=2), retries=3, mode="c")
     data = pattern(9, BLOCK)
     assert store(region, BLOCK, data)[:2] == (0, 3 if how.startswith("write") else 1)
     assert flush(region)[:2] == (0, 1 if how.startswith("write") else 3)
@@ -139,7 +139,7 @@ def test_what_fails_is_asked_again(make, path, tmp_path, how):
 @pytest.mark.parametrize("how", ["write_dies", "flush_dies"])
 def test_a_host_that_dies_each_time(make, path, how):
     """Goal: it ends after the retries, and says that the connection was lost."""
-    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK), retries=1)
+    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK), retries=1, mode="c")
     found, tries, _ = store(region, BLOCK, bytes(BLOCK)) if how == "write_dies" else flush(region)
     assert (found, tries) == (errno.ECONNRESET, 2)
 
@@ -148,7 +148,7 @@ def test_a_host_that_dies_each_time(make, path, how):
 def test_time_out(make, engine, path, tmp_path, how):
     """Goal: what hangs ends within the region's time; its host is another one afterwards, and works."""
     make(4 * BLOCK, Store(path, 4 * BLOCK))          # its host is started: that is no part of half a second
-    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK, at_most=1), timeout_s=1)
+    region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK, at_most=1), timeout_s=1, mode="c")
     before = engine._threads.host_pids()
     begin = time.monotonic()
     found, tries, _ = store(region, BLOCK, bytes(BLOCK)) if how == "write_hangs" else flush(region)

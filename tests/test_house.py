@@ -184,6 +184,7 @@ MAY_ALLOCATE = {
     "take_out_shared": "the same",
     "move_to_pool": "the same",
     "move_back": "the same, in memory of the engine's own",
+    "bring_in": "memory of the engine's own, which nobody faults in",
     "copy_to_pool": "the same",
     "copy_resident": "the same",
     "discard_block": "what the program asks for",

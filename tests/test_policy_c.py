@@ -193,7 +193,7 @@ class Model:
         small, main = self.queues[SMALL], self.queues[MAIN]
         from_small = self.nbytes(SMALL) > self.small_limit and (len(small) > 16 or
                                                                  self.nbytes(SMALL) > self.budget // 2)
-        from_small ^= self.backs % 2
+        from_small ^= self.backs > 0 and (self.backs + len(self.queues[HAND])) % 2 == 1
         if not small or not main:
             return (small or main or [0])[0]
         return (small if from_small else main)[0]

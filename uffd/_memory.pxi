@@ -135,6 +135,7 @@ def evict(Region region not None, runs):
     PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
     _hold(r)
     with nogil:
+        settle(r.engine)                    # a touch is let go a moment before its block is published
         pair = <int64_t *>view.buf
         s = call_borrow(r.engine)
         for i in range(<uint64_t>view.len // 16):
@@ -155,6 +156,7 @@ def discard(Region region not None, uint64_t first, uint64_t end):
     cdef Slot *s
     _hold(r)
     with nogil:
+        settle(r.engine)
         s = call_borrow(r.engine)
         while b < end:
             before = b
