@@ -1,5 +1,6 @@
 """The demo's memory node: a Redis server of its own on a unix socket, that keeps nothing and ends with the demo."""
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 _START_S = 20.0
+_SOCKET_PATH_BYTES = 107            # the longest that a unix socket's name may be
 
 
 def program() -> str | None:
@@ -19,6 +21,9 @@ class Node:
 
     def __init__(self):
         self._folder = Path(tempfile.mkdtemp(prefix="uffd-demo-redis-"))     # 0700: nobody else reaches the socket
+        if len(os.fsencode(self._folder / "socket")) > _SOCKET_PATH_BYTES:
+            self._folder.rmdir()
+            self._folder = Path(tempfile.mkdtemp(prefix="uffd-demo-redis-", dir="/tmp"))
         self._socket = self._folder / "socket"
         self.url = f"unix://{self._socket}"
         # Also when we are killed; a session of its own, so that Ctrl-C reaches us alone, and we end it in order.
