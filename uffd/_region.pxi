@@ -405,7 +405,7 @@ cdef bint _bury(Region region, uint64_t patience_ns):
     with nogil:
         if r.writes_back:
             settle(r.engine)                # the last write may have been let go a moment before its block is DIRTY
-# Once the interpreter ends, a provider's memory goes with it; the exit has flushed all that was written before.
+        # Once the interpreter ends, a provider's memory goes with it; the exit has flushed all that was written before.
         r.flush_at_end = (not u32_load(&finalizing) and r.writes_back
                           and (u32_load(&r.unsynced) or count_dirty(r) != 0))
         left = region_shut(r, patience_ns)
