@@ -163,7 +163,7 @@ cdef int answer(Slot *s, Region_t *r, uint64_t *block, uint32_t *flags, int k, i
             return k                        # it changed meanwhile: look again
         return k + 1
     if state == POISONED:
-        poison_block(r, b)                  # again, in case the program dropped the page; wakes
+        poison_again(s, r, b)
         return k + 1
     if write and state == CLEAN and r.guard:
         forbid_write(r, b)
@@ -239,7 +239,8 @@ cdef bint fills_itself(Slot *s, Region_t *r, uint64_t b, uint32_t tid) noexcept 
         tear_copy(owner, r, b)
         return True
     say_own_region(r, b)
-    poison_block(r, b)
+    poison_pages(r, b)
+    uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
     return True
 
 

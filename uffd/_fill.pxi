@@ -1,7 +1,7 @@
 # Block states, and filling: claim a run of blocks, have the provider fill it, place it, publish it.
 #
 # Uses:     the data of _core.pyx, the calls of _sys.h; enter_blocking/leave_blocking of _life.pxi
-# Provides: begin_run, finish_run (fills), lift_run (the first write), repair_run, poison_block, ask_for_wake,
+# Provides: begin_run, finish_run (fills), lift_run (the first write), repair_run, poison_again, ask_for_wake,
 #           wait_for_word, publish, count, stage
 #
 #   MISSING > FILLING > CLEAN > UNPROTECTING > DIRTY         the way of a block that is read, then written
@@ -558,22 +558,33 @@ cdef bint block_present(Region_t *r, uint64_t b) noexcept nogil:
 cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
     """A block that is CLEAN or DIRTY lacks pages: the program dropped them with madvise. They come back as the
     provider has them; what was written to them is gone, as it is with a private mapping of a file."""
-    cdef uint64_t start = <uint64_t>(r.base + (b << r.shift))
-    cdef int err
-    if r.minor:
-        critical_enter(s)
-        err = place_run(r, OP_CONTINUE, start, 0, block_span(r, b),
-                        UF_CONTINUE_WP if r.protect and state == CLEAN else 0)
-        critical_leave(s)
-        if err >= 0:
-            return
+    if r.minor and remap_block(s, r, b, state):
+        return
     if r.hosted:
         hosted_repair(s, r, b, state)
     elif begin_run(s, r, b, 1, state == DIRTY, DEMAND, state):
         count(s, r, C_REPAIRED, 1)
         finish_run(s, r)
     else:
-        uf_wake(r.fd, start, block_span(r, b))
+        uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
+
+
+cdef bint remap_block(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+    """A shared block whose pages are in the file: back into the page table. False where the file lacks some. Only who
+    owns the block maps it: who takes it out at this moment would else leave a writable page behind."""
+    cdef uint64_t start = <uint64_t>(r.base + (b << r.shift))
+    cdef uint32_t word
+    cdef int err = 0
+    critical_enter(s)
+    word = u32_load(&r.state[b])
+    if word & STATE_MASK == state and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
+        err = place_run(r, OP_CONTINUE, start, 0, block_span(r, b),
+                        UF_CONTINUE_WP if r.protect and state == CLEAN else 0)
+        publish(r, b, 1, state)
+    else:
+        uf_wake(r.fd, start, block_span(r, b))      # it changed meanwhile: the touch asks again
+    critical_leave(s)
+    return err >= 0
 
 
 # ---- failure ----------------------------------------------------------------------------------------------------
@@ -633,7 +644,14 @@ cdef void unpoison_pages(Region_t *r, uint64_t b) noexcept nogil:
         madvise(start, block_span(r, b), MADV_DONTNEED)
 
 
-cdef void poison_block(Region_t *r, uint64_t b) noexcept nogil:
-    """Poison again, and let the fault go on to meet it."""
-    poison_pages(r, b)
+cdef void poison_again(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    """A fault on a poisoned block, of which the program may have dropped pages: poison, and let the fault go on to meet
+    it. Only by its owner: a block that is repaired at this moment would lose its protection."""
+    cdef uint32_t word
+    critical_enter(s)
+    word = u32_load(&r.state[b])
+    if word & STATE_MASK == POISONED and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
+        poison_pages(r, b)
+        publish(r, b, 1, POISONED | word & (DEAD | OWNER_MASK << OWNER_SHIFT))
+    critical_leave(s)
     uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
