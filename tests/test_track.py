@@ -69,7 +69,7 @@ def test_pages_of_any_memory_that_are_written_are_told_and_no_others(kind, tmp_p
     array = memory(kind, tmp_path)
     lead = array.__array_interface__["data"][0] % PAGE
     with uffd.track(array) as tracker:
-        assert not tracker.written().any()
+        assert kind == "heap" or not tracker.written().any()
         assert array[::PAGE].sum() >= 0                 # a read is no write
         if kind != "heap":                              # what else lies on its pages is the program's, and is written
             assert not tracker.written().any()

@@ -1,8 +1,8 @@
 # Writing back: dirty blocks go to their store, which is the region's provider or, for private memory, a spill file.
 #
 # Uses:     the states of _fill.pxi, claim_out, copy_resident and slots of _evict.pxi; host_store of _hosted.pxi
-# Provides: writer_main, writer_ask (a block left its region dirty), write_range, sync_store, note_unwritten; lacks_pages
-#           (dropped by the program); spill_read, spill_fork, spill_close
+# Provides: writer_main, writer_ask (a block left its region dirty), write_range, sync_store, note_unwritten;
+#           lacks_pages (dropped by the program); spill_read, spill_fork, spill_close
 #
 #   DIRTY        > COPYING (protected, copied) > CLEAN + WRITING      its bytes are on their way
 #   POOLED_DIRTY > COPYING (copied)            > POOLED + WRITING     the same, moved out
@@ -125,8 +125,8 @@ cdef bint lacks_pages(Region_t *r, uint64_t b) noexcept nogil:
 
 
 cdef bint repair_wait(Region_t *r, uint64_t b, uint32_t *until) noexcept nogil:
-    """Has a dirty block made whole, as a touch would, and waits for it within the region's time; False, and noted, where
-    its provider fails."""
+    """Has a dirty block made whole, as a touch would, and waits for it within the region's time; False, and noted,
+    where its provider fails."""
     cdef BlockError *note = &r.write_error[b & (ERRORS - 1)]
     cdef uint64_t failures = u64_load(&r.write_failures), asked = 0, now = now_ns(), deadline = now + r.timeout_ns
     cdef uint32_t word
