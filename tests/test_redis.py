@@ -831,8 +831,8 @@ def test_answers_that_come_twice(server, opened):
     with redisserver.Proxy(server.port) as proxy:
         provider = opened(proxy.url)
         provider.write(0, some_bytes(SMALL))
-        for number in range(20):
-            proxy.twice = True
+        for number in range(40):
+            proxy.twice = "late" if number < 20 else True
             if number % 2:
                 assert not read(provider, 7 * 16 * SMALL, SMALL).any()       # of another group, never written
             provider.write(0, some_bytes(SMALL, number))

@@ -195,7 +195,8 @@ class Cluster:
 
 class Proxy:
     """Passes bytes between clients and a server. `upto(up, down)` cuts the next connection after so many bytes of
-    requests, or of answers; those after it are whole. `twice`: the next answer comes doubled."""
+    requests, or of answers; those after it are whole. `twice`: the next answer comes doubled;
+    "late": its double comes before the answer after it."""
 
     def __init__(self, port):
         self.target = port
@@ -230,16 +231,20 @@ class Proxy:
                 thread.start()
 
     def _pass_on(self, one, other, limit, is_answer):
-        passed = 0
+        passed, late = 0, b""
         try:
             while data := one.recv(65536):
+                data, late = late + data, b""
                 if limit is not None and passed + len(data) >= limit:
                     other.sendall(data[:limit - passed])
                     break
                 other.sendall(data)
                 if is_answer and self.twice:
+                    if self.twice == "late":
+                        late = data
+                    else:
+                        other.sendall(data)
                     self.twice = False
-                    other.sendall(data)
                 passed += len(data)
         except OSError:
             pass

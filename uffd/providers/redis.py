@@ -197,7 +197,8 @@ class Redis(Provider):
         asked = self._read_straight(live, asked)
         replies = iter(live.server.run([(run.index, command) for run in asked for command in run.commands], deadline))
         for run in asked:
-            versions = self._versions(live, run, [next(replies) for _ in run.commands[1:]])
+            head, versions = self._versions(live, run, [next(replies) for _ in run.commands[1:]])
+            self._saw(live, run.group, head)
             values = zip(run.blocks, next(replies), versions, strict=True)
             found = {block: self._checked(live, block, value, version) for block, value, version in values}
             for block, begin, part in run.pieces:
@@ -215,12 +216,12 @@ class Redis(Provider):
         commands = [*(("GETRANGE", index, *ends) for ends in ranges), ("MGET", *map(keys.block, blocks))]
         return _Run(group, index, live.writes[group], first, blocks, pieces, commands)
 
-    def _versions(self, live: _Live, run: _Run, parts: Sequence[bytes]) -> list[int]:
-        """The versions of a run's blocks, from what was read of its index, which is checked."""
-        self._check_group(live, run.group, run.blocks[0], parts[0], run.writes)
+    def _versions(self, live: _Live, run: _Run, parts: Sequence[bytes]) -> tuple[GroupHead, list[int]]:
+        """The head of a run's group and the versions of its blocks, from what was read of its index; checked."""
+        head = self._check_group(run.blocks[0], parts[0], run.writes)
         entries = layout.versions_of(parts[0][run.first:] if len(parts) == 1 else parts[1])
         places = [block - run.blocks[0] for block in run.blocks]
-        return [int(entries[at]) if at < len(entries) else 0 for at in places]
+        return head, [int(entries[at]) if at < len(entries) else 0 for at in places]
 
     # ---- the common way of a read: whole blocks, from the socket into the caller's buffers ----
 
@@ -238,8 +239,9 @@ class Redis(Provider):
         for node, some in by_node.items():
             try:
                 with live.server.answers(node, [command for run in some for command in run.commands]) as answers:
-                    for run in some:
-                        self._take_run(live, run, answers)
+                    heads = [self._take_run(live, run, answers) for run in some]
+                for run, head in zip(some, heads, strict=True):     # not before it is known that they are in step
+                    self._saw(live, run.group, head)
             except (Damaged, *live.server.failures):
                 left += some
         return left
@@ -247,8 +249,8 @@ class Redis(Provider):
     def _is_straight(self, run: _Run) -> bool:
         return len(run.pieces) == len(run.blocks) and all(part.nbytes == self.block_bytes for _, _, part in run.pieces)
 
-    def _take_run(self, live: _Live, run: _Run, answers: Answers) -> None:
-        versions = self._versions(live, run, [answers.bulk() for _ in run.commands[1:]])
+    def _take_run(self, live: _Live, run: _Run, answers: Answers) -> GroupHead:
+        head_of_group, versions = self._versions(live, run, [answers.bulk() for _ in run.commands[1:]])
         if answers.length(b"*") != len(run.blocks):
             raise Unexpected("another number of values")
         for (block, _, part), version in zip(run.pieces, versions, strict=True):
@@ -266,8 +268,9 @@ class Redis(Provider):
             if live.values.checked(head, data, block) < version:
                 raise Damaged("out of date")
             part[len(data):] = 0
+        return head_of_group
 
-    def _check_group(self, live: _Live, group: int, block: int, data: bytes, writes: int) -> None:
+    def _check_group(self, block: int, data: bytes, writes: int) -> GroupHead:
         """What is there of the group is what was made, and not older than what this session has seen."""
         head = GroupHead.of(data)
         if head is None or head.generation != self._space.generation:
@@ -277,6 +280,10 @@ class Redis(Provider):
             raise self._lost(block, errno.ESTALE, f"its group of blocks went back from write {writes} to "
                              f"{head.writes}: a replica that was behind took over, or the server started from an older "
                              "copy")
+        return head
+
+    @staticmethod
+    def _saw(live: _Live, group: int, head: GroupHead) -> None:
         live.saw(group, head.writes)
         if not live.lease.fence:
             live.read_at.setdefault(group, head.newest)
@@ -406,7 +413,7 @@ class Redis(Provider):
         olds = {}
         for block, head, entry, value in zip(partial, replies, replies, replies):
             group = layout.group_of(block)
-            self._check_group(live, group, block, head, writes[group])
+            self._saw(live, group, self._check_group(block, head, writes[group]))
             version = int.from_bytes(entry, "little")
             olds[block] = version, self._checked(live, block, value, version)
         return olds
