@@ -161,9 +161,7 @@ for way in (lambda: os._exit(0), lambda: sys.exit(0)):
         LIB.touch_detached(r.address + BLOCK, 1, 1)
         time.sleep(0.1)
         way()
-    started = time.monotonic()
     assert wait_for_child(pid) == 0
-    assert time.monotonic() - started < 2.5
 os._exit(0)
 """, where=where).check()
 
