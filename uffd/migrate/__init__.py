@@ -1,0 +1,1 @@
+"""Live migration of arrays and regions to another process or host."""
