@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, UffdError, Unavailable
+from .errors import (
+    BudgetError, DegradedWarning, MigrationError, ProviderError, RegionClosed, UffdError, Unavailable,
+)
 from .probe import Capabilities, probe
 
 try:
@@ -49,8 +51,8 @@ def get_include() -> str:
 
 
 __all__ = [
-    "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "Provider",
-    "ProviderError", "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine",
+    "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "MigrationError", "Prefetch",
+    "Provider", "ProviderError", "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine",
     "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe", "providers",
     "region_of", "zeros",
 ]
