@@ -52,7 +52,7 @@ def get_include() -> str:
 
 __all__ = [
     "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "MigrationError", "Prefetch",
-    "Provider", "ProviderError", "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine",
-    "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe", "providers",
-    "region_of", "zeros",
+    "Provider", "ProviderError", "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks",
+    "default_engine", "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe",
+    "providers", "region_of", "zeros",
 ]
