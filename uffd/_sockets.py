@@ -1,4 +1,4 @@
-"""Unix sockets in the file system: a place made, where a dead one may be; and who is at the other end."""
+"""Sockets: a unix socket's place in the file system, who is at its other end; so many bytes until a deadline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["listen_unix", "peer"]
+__all__ = ["left_s", "listen_unix", "peer", "receive", "send"]
 
 _PATH_BYTES = 107                   # struct sockaddr_un, less the zero at its end
 _LOCK_S = 1.0                       # how long one that starts waits for another that starts in the same folder
@@ -87,3 +87,40 @@ def peer(connection: socket.socket) -> tuple[int, int]:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
     return pid, uid
+
+
+# ---- until a deadline (time.monotonic), which is for all of it: a byte now and then does not put it off -------------
+
+
+def send(connection: socket.socket, data: bytes, deadline_s: float, what: str) -> None:
+    """All of it. TimeoutError says `what`; OSError."""
+    connection.settimeout(left_s(deadline_s, what))
+    try:
+        connection.sendall(data)                 # its time-out is for all of it
+    except TimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, f"{what}: {len(data):,} bytes were not taken in time") from None
+
+
+def receive(connection: socket.socket, nbytes: int, deadline_s: float, what: str) -> bytearray:
+    """Exactly so many bytes. Memory is taken as they come. TimeoutError says `what`; ConnectionResetError: the other
+    side closed; OSError."""
+    got = bytearray()
+    while len(got) < nbytes:
+        try:
+            connection.settimeout(left_s(deadline_s, what))
+            piece = connection.recv(min(nbytes - len(got), 1 << 18))
+        except TimeoutError:
+            raise TimeoutError(errno.ETIMEDOUT, f"{what}: {len(got):,} of {nbytes:,} bytes came in time") from None
+        if not piece:
+            raise ConnectionResetError(errno.ECONNRESET, f"{what}: the other side closed the connection after "
+                                       f"{len(got):,} of {nbytes:,} bytes")
+        got += piece
+    return got
+
+
+def left_s(deadline_s: float, what: str) -> float:
+    """Seconds until then, above 0; else TimeoutError."""
+    left = deadline_s - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, f"{what}: too late")
+    return left

@@ -16,13 +16,12 @@ in ISO/IEC 9798-4 (three passes), HMAC of RFC 2104 over SHA-256.
 What it does not do: encrypt, or authenticate what follows. Somebody on the way who can change packets can take an
 authenticated connection over; where that matters, a tunnel goes around it (docs/migration.md).
 
-`Listening` and `Connecting` are without input and output, so that one thread can talk with many (acceptor.py's), and
+`Listening` and `Connecting` are without input and output, so that one thread can talk with many (_acceptor.py's), and
 tests can see every message; `answer` and `prove` drive them over a socket.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import hmac
 import secrets
@@ -30,8 +29,8 @@ import socket
 import struct
 from dataclasses import dataclass
 
+from .._sockets import receive, send
 from ..errors import MigrationError
-from ._urls import left_s
 
 __all__ = ["VERSIONS", "Connecting", "Listening", "Peer", "answer", "check_key", "prove"]
 
@@ -236,27 +235,10 @@ def _versions_differ(one: str, theirs: tuple[int, int], other: str, ours: tuple[
 
 def _drive(connection: socket.socket, talk: Listening | Connecting, deadline_s: float) -> None:
     if isinstance(talk, Connecting):
-        _send(connection, talk.hello, deadline_s)
+        send(connection, talk.hello, deadline_s, "the hello")
     while talk.wanted:
-        reply = talk.took(_receive(connection, talk.wanted, deadline_s))
+        reply = talk.took(bytes(receive(connection, talk.wanted, deadline_s, "the hello")))
         if reply:
-            _send(connection, reply, deadline_s)
+            send(connection, reply, deadline_s, "the hello")
     if talk.failure is not None:
         raise talk.failure
-
-
-def _send(connection: socket.socket, data: bytes, deadline_s: float) -> None:
-    connection.settimeout(left_s(deadline_s, "the other side does not take what the hello says"))
-    connection.sendall(data)                     # its time-out is for all of it
-
-
-def _receive(connection: socket.socket, nbytes: int, deadline_s: float) -> bytes:
-    got = b""
-    while len(got) < nbytes:
-        connection.settimeout(left_s(deadline_s, f"the hello is not over ({len(got)} of {nbytes} bytes)"))
-        piece = connection.recv(nbytes - len(got))
-        if not piece:
-            raise ConnectionResetError(errno.ECONNRESET, f"the other side closed the connection within the hello "
-                                       f"({len(got)} of {nbytes} bytes)")
-        got += piece
-    return got

@@ -8,7 +8,6 @@ one that could be, before memory is made for it.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import socket
@@ -18,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from .._sockets import receive, send
 from ..errors import MigrationError
-from ._urls import left_s
 
 __all__ = ["Array", "Frames", "Layout", "Part", "described", "layout", "parse", "text", "whole"]
 
@@ -74,29 +73,18 @@ class Frames:
         if len(body) > self._limit:
             raise ValueError(f"{kind}: {len(body):,} bytes, and a frame has {self._limit:,} at most: migrate fewer "
                              "arrays at once")
-        self.connection.settimeout(left_s(deadline_s, f"the other side does not take {kind!r}"))
-        self.connection.sendall(_LENGTH.pack(len(body)) + body)
+        send(self.connection, _LENGTH.pack(len(body)) + body, deadline_s, f"saying {kind!r}")
 
     def receive(self, *kinds: str, deadline_s: float) -> dict[str, Any]:
         """The next frame, of one of `kinds`. MigrationError: it is another, or malformed; TimeoutError; OSError."""
-        (nbytes,) = _LENGTH.unpack(self._take(_LENGTH.size, deadline_s))
+        what = f"waiting for {' or '.join(map(repr, kinds))}"
+        (nbytes,) = _LENGTH.unpack(receive(self.connection, _LENGTH.size, deadline_s, what))
         if not 2 <= nbytes <= self._limit:
             raise _malformed(f"a frame of {nbytes:,} bytes, and {self._limit:,} is the most")
-        frame = parse(self._take(nbytes, deadline_s))
+        frame = parse(receive(self.connection, nbytes, deadline_s, what))
         if frame["type"] not in kinds:
             raise _malformed(f"{frame['type']!r} came where {' or '.join(map(repr, kinds))} belongs")
         return frame
-
-    def _take(self, nbytes: int, deadline_s: float) -> bytearray:
-        got = bytearray()                        # grows as bytes come: a length alone takes no memory
-        while len(got) < nbytes:
-            self.connection.settimeout(left_s(deadline_s, f"{len(got):,} of {nbytes:,} bytes came, and no more"))
-            piece = self.connection.recv(min(nbytes - len(got), 1 << 18))
-            if not piece:
-                raise ConnectionResetError(errno.ECONNRESET, f"the other side closed the connection ({len(got):,} of "
-                                           f"{nbytes:,} bytes came)")
-            got += piece
-        return got
 
 
 def parse(body: bytes | bytearray) -> dict[str, Any]:

@@ -12,14 +12,13 @@ import ipaddress
 import os
 import re
 import socket
-import time
 from dataclasses import dataclass
 from typing import Any
 
-from .._sockets import listen_unix, peer
+from .._sockets import left_s, listen_unix, peer
 from ..errors import MigrationError
 
-__all__ = ["Address", "check_peer", "connect", "left_s", "listen", "parse"]
+__all__ = ["Address", "check_peer", "connect", "listen", "parse"]
 
 _BACKLOG = 128
 _FORMS = "unix:PATH or tcp://HOST:PORT"
@@ -85,7 +84,7 @@ def connect(address: Address, *, has_key: bool, deadline_s: float) -> socket.soc
     for family, sockaddr in places:
         connection = socket.socket(family, socket.SOCK_STREAM)
         try:
-            connection.settimeout(left_s(deadline_s, f"no connection to {address}"))
+            connection.settimeout(left_s(deadline_s, "connecting"))
             connection.connect(sockaddr)
             check_peer(connection, has_key=has_key)
             if family != socket.AF_UNIX:
@@ -131,14 +130,6 @@ def parse(url: str) -> Address:
     if port > 65535:
         raise ValueError(f"{url!r}: a port is 65535 at most (0: the kernel chooses, where one listens)")
     return Address(host=found[1] or found[2], port=port)
-
-
-def left_s(deadline_s: float, what: str) -> float:
-    """Seconds to deadline_s (time.monotonic), above 0; else TimeoutError."""
-    left = deadline_s - time.monotonic()
-    if left <= 0:
-        raise TimeoutError(errno.ETIMEDOUT, f"{what} in time")
-    return left
 
 
 def _resolved(address: Address, flags: int) -> list[tuple[int, Any]]:
