@@ -338,7 +338,6 @@ cdef bint copy_resident(Slot *s, Region_t *r, uint64_t b, char *target) noexcept
     """Copies a protected block; False if pages of it are not there (the program dropped them), or went meanwhile: then
     the fault of this very thread was answered by tear_copy."""
     cdef char *page = r.base + (b << r.shift)
-    cdef uint64_t i
     if not block_present(r, b):
         return False
     u32_store(&s.torn, 0)
@@ -347,10 +346,17 @@ cdef bint copy_resident(Slot *s, Region_t *r, uint64_t b, char *target) noexcept
     u32_store(&s.tid, 0)
     if u32_load(&s.torn) == 0:
         return True
+    untear(s, r, b)
+    return False
+
+
+cdef void untear(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    """Takes away what tear_copy put in: missing again, so that a touch repairs it."""
+    cdef char *page = r.base + (b << r.shift)
+    cdef uint64_t i
     for i in range(block_span(r, b) / PAGE):
         if s.torn_page[i / 64] >> (i % 64) & 1:
-            madvise(page + i * PAGE, PAGE, MADV_DONTNEED)   # missing again: a touch repairs it
-    return False
+            madvise(page + i * PAGE, PAGE, MADV_DONTNEED)
 
 
 cdef void tear_copy(Slot *owner, Region_t *r, uint64_t b) noexcept nogil:
@@ -444,7 +450,8 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     all others are moved.
     """
     cdef uint32_t word = u32_load(&r.state[b]), state = word & STATE_MASK
-    cdef bint protect = state == POOLED and not (write and r.writable) and r.protect
+    cdef bint frozen = u32_load(&r.frozen) and r.protect
+    cdef bint protect = state == POOLED and not (write and r.writable) and r.protect or frozen
     cdef bint shared = is_shared(r), can_move = r.moves and r.engine.pool_fd >= 0
     cdef bint copies = not shared and (not can_move or protect and not r.guard)
     cdef uint64_t span = block_span(r, b)
@@ -465,7 +472,8 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
             came = bring_in(r, b, protect, copies, charged)
         if came:
             count(s, r, C_RESCUED, 1)
-            publish(r, b, 1, CLEAN if protect or state == POOLED and not r.writable else DIRTY)
+            publish(r, b, 1, DIRTY if state == POOLED_DIRTY else
+                    CLEAN if protect or state == POOLED and not r.writable else DIRTY)
         else:
             publish(r, b, 1, state)
             uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), span)    # it asks again

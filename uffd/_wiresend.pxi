@@ -1,0 +1,777 @@
+# Migration, the source's side: what is sent, in which order, and when writers wait.
+#
+# Uses:     _wire.pxi; claims of _fill.pxi, copies of _evict.pxi, spill_read of _store.pxi, requests of _hosted.pxi
+# Provides: push_main, answer_main, guard_main (its threads); source_round, source_switchover (what Python calls);
+#           source_thaw, source_resume; part_written and wire_parked (called where a region of ours is written)
+#
+# A block is read where it is: in the region, in the pool, in the spill file, or at its provider, and does not become
+# resident by that. `todo` has a bit per block that is to be sent; who clears it sends it. Writes are seen by write
+# protection: a block's first write since it was last protected sets its bit in `dirty`. At the switchover the same
+# protection stops writers: their faults are not answered any more. Until then, only what was dirtied since must be
+# protected, so that it takes as long as that, however large the memory is.
+
+cdef enum:
+    PUSH_BYTES = 256 * 1024         # of one frame of the push
+    FRAMES = 1024                   # under way at most; a power of two
+    DROP_ROUNDS = 4                 # in which the destination drops what was written, before writers are stopped
+cdef uint64_t QUEUE_NS = 2000000    # of the push's bytes may lie before a request's answer
+cdef uint64_t BURST_NS = 10000000   # what a limited rate may catch up
+
+
+# ---- writes that are seen -----------------------------------------------------------------------------------------
+
+cdef void part_written(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
+    """Blocks of a region of ours turn writable. By whoever publishes that, inside `critical`."""
+    cdef uint64_t i
+    for i in range(b, b + n):
+        bit_set(r.part.dirty, i)
+
+
+cdef void wire_parked(Region_t *r) noexcept nogil:
+    """A write to a region whose writers are stopped: its fault is not answered, and asked again when they are let go."""
+    if r.part != NULL and r.part.wire.source:
+        writer_seen(r.part.wire)
+
+
+cdef void writer_seen(Wire_t *w) noexcept nogil:
+    cdef line l
+    if not w.kill or u32_swap(&w.killed, 1):
+        return
+    if u32_load(&w.phase) == PH_COMPLETED:
+        die_for_write()
+    l.n = 0
+    line_text(&l, b"uffd: migration: memory was written to at the source after its switchover; this process ends when "
+                  b"the destination has all of it (on_write='kill')")
+    line_say(&l)
+
+
+cdef void die_for_write() noexcept nogil:
+    cdef line l
+    l.n = 0
+    line_text(&l, b"uffd: migration: memory that has moved to another process was written to here (on_write='kill')")
+    line_say(&l)
+    bus_die()
+
+
+cdef int protect_at(int fd, uint64_t start, uint64_t len, uint64_t mode) noexcept nogil:
+    """WRITEPROTECT, again where the address space is changing. 0 or -errno."""
+    cdef uint64_t deadline = now_ns() + SECOND_NS
+    cdef unsigned int tries = 0
+    cdef int err = uf_writeprotect(fd, start, len, mode)
+    while err == -EAGAIN and now_ns() < deadline:
+        nap(tries)
+        tries += 1
+        err = uf_writeprotect(fd, start, len, mode)
+    return err
+
+
+cdef int protect_blocks(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
+    """Protects blocks [b, b + n): of ours (r) with the region's uffd, else what whole pages they have."""
+    cdef uint64_t start, end
+    cdef int err
+    if r != NULL:
+        err = protect_at(r.fd, <uint64_t>r.base + (b << r.shift), run_span(r, b, n), UF_WRITEPROTECT_WP)
+        if err == -ENOENT and n > 1:        # the program has split the mapping with an madvise
+            err = protect_blocks(w, p, r, b, n / 2)
+            return protect_blocks(w, p, r, b + n / 2, n - n / 2) if err == 0 else err
+        return err
+    start = u64_max(<uint64_t>p.base + (b << p.shift), p.guarded)
+    end = u64_min(<uint64_t>p.base + ((b + n) << p.shift), p.guarded + p.guarded_bytes)
+    start &= ~(PAGE - 1)
+    end = page_round(end)
+    return protect_at(w.guard_fd, start, end - start, UF_WRITEPROTECT_WP) if start < end else 0
+
+
+cdef int protect_all(Wire_t *w, Part_t *p, Region_t *r) noexcept nogil:
+    """From here on every write is seen. Of a region only what is dirty lacks protection."""
+    cdef uint64_t b = 0, last = 0, first
+    cdef int err = 0
+    if r == NULL:
+        return protect_blocks(w, p, NULL, 0, p.blocks)
+    while err == 0 and next_known(r, &b, &last):
+        while b < last and err == 0:
+            first = b
+            while b < last and u32_load(&r.state[b]) & STATE_MASK == DIRTY:
+                b += 1
+            if b > first:
+                err = protect_blocks(w, p, r, first, b - first)
+            else:
+                b += 1
+    return err
+
+
+cdef int collect(Wire_t *w, Part_t *p, Region_t *r, uint64_t *found) noexcept nogil:
+    """What was written since the last time is to be sent, and is protected again. A write between the two is in what
+    will be sent; one after it is seen. 0 or -errno."""
+    cdef uint64_t i, bits, b, n
+    cdef int err = 0
+    if r == NULL:
+        bit_set(p.dirty, 0)                 # its ends share pages with other memory, and are not protected
+        bit_set(p.dirty, p.blocks - 1)
+    for i in range((p.blocks + 63) / 64):
+        if u64_load(&p.dirty[i]) == 0:
+            continue
+        bits = u64_and(&p.dirty[i], 0)
+        u64_or(&p.todo[i], bits)
+        found[0] += u64_count(bits)
+        b = wire_next_bit(&bits, 0, 64)
+        while b < 64 and err == 0:
+            n = 1
+            while b + n < 64 and bits >> (b + n) & 1:
+                n += 1
+            err = protect_blocks(w, p, r, i * 64 + b, u64_min(n, p.blocks - i * 64 - b))
+            b = wire_next_bit(&bits, b + n, 64)
+    return err
+
+
+cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept nogil:
+    """protect_all (first) or collect for every part; freeze: writers wait from here on. 0 or -errno."""
+    cdef uint32_t i
+    cdef Region_t *r
+    cdef int err = 0
+    pthread_mutex_lock(&w.guard_lock)
+    if freeze:
+        u32_store_seq(&w.frozen, 1)
+    for i in range(w.nparts):
+        r = NULL
+        if w.part[i].region_id:
+            r = region_acquire(w.part[i].region_id)
+            if r == NULL:
+                err = -ENODATA
+                break
+            if freeze:
+                u32_store_seq(&r.frozen, 1)
+                settle(r.engine)            # who did not see it has told by then what it made writable
+        err = protect_all(w, &w.part[i], r) if first else collect(w, &w.part[i], r, found)
+        if freeze and r == NULL and err == 0:
+            keep_edges(&w.part[i])
+        if r != NULL:
+            region_release(r)
+        if err != 0:
+            break
+    pthread_mutex_unlock(&w.guard_lock)
+    return err
+
+
+cdef void keep_edges(Part_t *p) noexcept nogil:
+    """The blocks at the ends may share pages with other memory, which is not to be stopped: what they hold now counts."""
+    memcpy(p.edge[0], p.base, part_bytes(p, 0, 1))
+    memcpy(p.edge[1], p.base + ((p.blocks - 1) << p.shift), part_bytes(p, p.blocks - 1, 1))
+
+
+cdef void source_thaw(Wire_t *w) noexcept nogil:
+    """Writers go on: those that wait fault again, and are seen as before."""
+    cdef uint32_t i
+    cdef Region_t *r
+    pthread_mutex_lock(&w.guard_lock)
+    if u32_swap(&w.frozen, 0):
+        for i in range(w.nparts):
+            if w.part[i].region_id == 0:
+                if w.part[i].guarded_bytes:
+                    uf_wake(w.guard_fd, w.part[i].guarded, w.part[i].guarded_bytes)
+                continue
+            r = region_acquire(w.part[i].region_id)
+            if r == NULL:
+                continue
+            u32_store_seq(&r.frozen, 0)
+            futex_wake_all(&r.frozen)
+            if not r.is_inline:
+                uf_wake(r.fd, <uint64_t>r.base, r.span)
+            region_release(r)
+    pthread_mutex_unlock(&w.guard_lock)
+
+
+cdef void *guard_main(void *argument) noexcept nogil:
+    """Sees the writes to memory that is not ours."""
+    cdef Wire_t *w = <Wire_t *>argument
+    cdef uf_msg message[BATCH]
+    cdef pollfd look[2]
+    cdef int n, i
+    while not u32_load(&w.ending):
+        look[0].fd = w.guard_fd
+        look[1].fd = w.guard_wake
+        look[0].events = <short>POLLIN
+        look[1].events = <short>POLLIN
+        poll(look, 2, -1)
+        n = uf_read(w.guard_fd, message, BATCH)
+        for i in range(n):
+            if message[i].event == UF_EVENT_PAGEFAULT:
+                guard_look(w, message[i].address)
+    wire_thread_ends(w)
+    return NULL
+
+
+cdef void guard_look(Wire_t *w, uint64_t address) noexcept nogil:
+    cdef Part_t *p
+    cdef uint32_t i
+    cdef uint64_t b, last, start, end, at = address & ~(PAGE - 1)
+    pthread_mutex_lock(&w.guard_lock)
+    if u32_load(&w.frozen):
+        pthread_mutex_unlock(&w.guard_lock)
+        writer_seen(w)
+        return
+    start = at
+    end = at + PAGE
+    for i in range(w.nparts):               # two arrays may have blocks on one page
+        p = &w.part[i]
+        if p.region_id or end <= <uint64_t>p.base or at >= <uint64_t>p.base + p.nbytes:
+            continue
+        b = (u64_max(at, <uint64_t>p.base) - <uint64_t>p.base) >> p.shift
+        last = (u64_min(end, <uint64_t>p.base + p.nbytes) - 1 - <uint64_t>p.base) >> p.shift
+        bit_set(p.dirty, b)
+        bit_set(p.dirty, last)
+        if p.guarded <= at < p.guarded + p.guarded_bytes:
+            start = u64_min(start, u64_max((<uint64_t>p.base + (b << p.shift)) & ~(PAGE - 1), p.guarded))
+            end = u64_max(end, u64_min(page_round(<uint64_t>p.base + ((last + 1) << p.shift)),
+                                       p.guarded + p.guarded_bytes))
+            if start < at:
+                bit_set(p.dirty, (u64_max(start, <uint64_t>p.base) - <uint64_t>p.base) >> p.shift)
+            if end > at + PAGE:
+                bit_set(p.dirty, (u64_min(end, <uint64_t>p.base + p.nbytes) - 1 - <uint64_t>p.base) >> p.shift)
+    if protect_at(w.guard_fd, start, end - start, 0) != 0:
+        uf_wake(w.guard_fd, at, PAGE)
+    pthread_mutex_unlock(&w.guard_lock)
+
+
+# ---- reading a block ----------------------------------------------------------------------------------------------
+
+cdef int source_read(Wire_t *w, Part_t *p, uint64_t b, uint64_t n, char *buffer, const char **data) noexcept nogil:
+    """The bytes of blocks [b, b + n) at *data: in place, or in the buffer. 0; -errno of the first that can't be read."""
+    cdef Region_t *r
+    cdef uint64_t i
+    cdef int err = 0
+    if p.region_id == 0:
+        data[0] = p.base + (b << p.shift)
+        if u32_load(&w.frozen) and b == 0:
+            data[0] = p.edge[0]
+        elif u32_load(&w.frozen) and b == p.blocks - 1:
+            data[0] = p.edge[1]
+        return 0
+    data[0] = buffer
+    r = region_acquire(p.region_id)
+    if r == NULL:
+        return -ENODATA
+    for i in range(n):
+        err = region_read(r, b + i, buffer + (i << p.shift))
+        if err != 0:
+            break
+    region_release(r)
+    return err
+
+
+cdef int region_read(Region_t *r, uint64_t b, char *out) noexcept nogil:
+    """A copy of a block, wherever it is. It stays there, and what was not resident does not become so."""
+    cdef uint32_t word, state
+    cdef Slot *s = wire_borrow(r.engine)
+    cdef int err = 1
+    cdef uint32_t tries = 0
+    while err > 0:
+        word = u32_load(&r.state[b])
+        state = word & STATE_MASK
+        if state == CLEAN or state == DIRTY or state == POOLED or state == POOLED_DIRTY:
+            err = copy_held(s, r, b, word, out)
+        elif state == MISSING:
+            err = read_store(s, r, b, word, out)
+            if err != 0 and tries < r.retries:
+                tries += 1
+                poll(NULL, 0, <int>(1 << 2 * tries if tries < 5 else 1000))
+                err = 1
+        elif state == POISONED:
+            err = -EIO
+        else:
+            wait_for_word(r, b, word, 10000000)
+    wire_return(r.engine, s)
+    return err
+
+
+cdef int copy_held(Slot *s, Region_t *r, uint64_t b, uint32_t word, char *out) noexcept nogil:
+    """Of a block in memory, which can't leave it meanwhile: it is COPYING. 1: look again."""
+    cdef uint32_t state = word & STATE_MASK
+    cdef uint64_t nbytes = run_bytes(r, b, 1)
+    cdef bint whole = True
+    critical_enter(s)
+    if not u32_cas(&r.state[b], word, COPYING | word & (WAITERS | FROM_PARENT | KEPT | STICKY)
+                   | (s.index + 1) << OWNER_SHIFT | ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT):
+        critical_leave(s)
+        return 1
+    if is_shared(r):
+        memcpy(out, r.alias + (b << r.shift), nbytes)
+    elif state == POOLED or state == POOLED_DIRTY:
+        memcpy(out, slot_at(r.engine, r.shift, r.place[b]), nbytes)
+    else:
+        u32_store(&s.torn, 0)
+        u32_store(&s.tid, <uint32_t>thread_id())
+        memcpy(out, r.base + (b << r.shift), nbytes)
+        u32_store(&s.tid, 0)
+        whole = u32_load(&s.torn) == 0
+        if not whole:
+            untear(s, r, b)
+    publish_same(r, b, state)
+    critical_leave(s)
+    if not whole:                           # the program dropped pages of it: they come back as at a touch
+        memcpy(out, r.base + (b << r.shift), nbytes)
+    return 0
+
+
+cdef int read_store(Slot *s, Region_t *r, uint64_t b, uint32_t word, char *out) noexcept nogil:
+    """Of a block that is not in memory: from the spill file or the provider, as a fill would, into a buffer."""
+    cdef uint64_t offset = b << r.shift, nbytes = run_bytes(r, b, 1)
+    cdef const char *source = NULL
+    cdef int err = slot_buffer(s) if s.staging == NULL else 0
+    if err != 0:
+        return err
+    if word & SPILLED:
+        err = pread_all(r.spills.file[r.spill[b]], out, block_span(r, b), offset)
+        return err if u32_load(&r.state[b]) == word else 1
+    if r.in_child and word & FROM_PARENT:
+        memcpy(out, r.alias + offset, nbytes)
+        return 0
+    if r.fill.kind == FILL_ZERO:
+        memset(out, 0, nbytes)
+    elif r.fill.kind == FILL_DIRECT:
+        err = copy_direct(r, out, r.fill.direct + offset, nbytes)
+    elif r.fill.kind == FILL_HOST:
+        err = read_hosted(r, offset, nbytes, out)
+    else:
+        err = r.fill.call(r.fill.self, s.index, offset, out, nbytes)
+        err = err if -ERRNO_MAX <= err <= 0 else -EIO
+    if err == 0 and u32_load(&r.state[b]) & SPILLED:
+        return 1                            # it was touched, written, and left again meanwhile
+    return err
+
+
+cdef int read_hosted(Region_t *r, uint64_t offset, uint64_t nbytes, char *out) noexcept nogil:
+    cdef Slot *c = carrier_wait(r.engine, r)
+    cdef int err
+    c.deadline_ns = now_ns() + r.timeout_ns
+    host_post(c, REQ_READ, r.fill.session, offset, nbytes, 1, False)
+    err = host_answer(c, r.timeout_ns, NULL)
+    c.carrier.posted_bytes = 0
+    if err == 0:
+        memcpy(out, c.staging, nbytes)
+    carrier_return(c)
+    return err
+
+
+# ---- sending ------------------------------------------------------------------------------------------------------
+
+cdef int emit(Wire_t *w, int fd, uint32_t kind, uint32_t part, uint64_t b, uint32_t n, const char *data,
+              uint64_t nbytes) noexcept nogil:
+    cdef wire_head head
+    cdef int err
+    head.kind = kind
+    head.part = part
+    head.block = b
+    head.count = n
+    head.nbytes = <uint32_t>nbytes
+    head.extra = 0
+    if fd == w.ask_fd:
+        pthread_mutex_lock(&w.send_lock)
+    err = wire_send(fd, &head, data, nbytes, WIRE_SILENCE_MS)
+    if fd == w.ask_fd:
+        pthread_mutex_unlock(&w.send_lock)
+    elif err == 0:
+        w.ring_bytes[w.sent_frames & (FRAMES - 1)] = sizeof(wire_head) + nbytes
+        w.sent_frames += 1
+        w.sent += sizeof(wire_head) + nbytes
+    return err
+
+
+cdef int send_blocks(Wire_t *w, int fd, uint32_t i, uint64_t b, uint32_t n, char *buffer, int kind) noexcept nogil:
+    """Reads and sends blocks whose bits the caller took: data, zeros, or that one can't be read. 0 or -errno."""
+    cdef Part_t *p = &w.part[i]
+    cdef const char *data = NULL
+    cdef uint32_t at = 0, k
+    cdef bint zero
+    cdef int err = source_read(w, p, b, n, buffer, &data)
+    if err == -ENODATA:
+        return err
+    if err != 0 and n > 1:
+        for k in range(n):
+            err = send_blocks(w, fd, i, b + k, 1, buffer, kind)
+            if err != 0:
+                return err
+        return 0
+    if err != 0:
+        return emit(w, fd, W_BAD, i, b, 1, NULL, 0)
+    while at < n:
+        zero = wire_is_zero(data + (<uint64_t>at << p.shift), part_bytes(p, b + at, 1))
+        k = 1
+        while at + k < n and zero == wire_is_zero(data + (<uint64_t>(at + k) << p.shift),
+                                                  part_bytes(p, b + at + k, 1)):
+            k += 1
+        if zero:
+            err = emit(w, fd, W_ZEROS, i, b + at, k, NULL, 0)
+        else:
+            err = emit(w, fd, W_BLOCKS, i, b + at, k, data + (<uint64_t>at << p.shift), part_bytes(p, b + at, k))
+        if err != 0:
+            return err
+        u64_add(&w.blocks[M_ZERO if zero else kind], k)
+        u64_add(&w.bytes[M_ZERO if zero else kind], part_bytes(p, b + at, k))
+        at += k
+    return 0
+
+
+cdef void *push_main(void *argument) noexcept nogil:
+    """Sends what is to be sent, all of it in some order, near the last request first."""
+    cdef Wire_t *w = <Wire_t *>argument
+    cdef char *buffer = map_lazy(MAX_BLOCK_BYTES + WIRE_RUN, PROT_READ | PROT_WRITE, -1)
+    cdef uint32_t epoch = 0
+    cdef int err
+    while wire_enter(w, &epoch):
+        err = push_all(w, epoch, w.push_fd, buffer) if buffer != NULL else -ENOMEM
+        wire_break(w, epoch, err)
+        wire_leave(w)
+    if buffer != NULL:
+        munmap(buffer, MAX_BLOCK_BYTES + WIRE_RUN)
+    wire_thread_ends(w)
+    return NULL
+
+
+cdef int push_all(Wire_t *w, uint32_t epoch, int fd, char *buffer) noexcept nogil:
+    cdef uint32_t turn, phase
+    cdef int err = 0
+    while err == 0 and not u32_load(&w.ending):
+        turn = u32_load(&w.turn)
+        if not u32_load(&w.connected) or u32_load(&w.epoch) != epoch:
+            return -ENOTCONN
+        phase = u32_load(&w.phase)
+        if w.acked != w.sent or phase == PH_POSTCOPY:
+            err = take_acks(w, fd, w.sent - w.acked >= w.window or ring_full(w))
+            if err == -ETIMEDOUT and u32_load(&w.connected):
+                return err
+            if err != 0:
+                return err
+        if phase == PH_POSTCOPY or u32_load(&w.round):
+            err = push_next(w, fd, buffer, phase == PH_POSTCOPY)
+            if err <= 0:
+                continue
+            err = 0                         # nothing is left to send
+            if w.acked != w.sent:
+                err = take_acks(w, fd, True)
+                continue
+            if u32_swap(&w.round, 0):
+                wire_tell(w)
+                continue
+        elif w.acked != w.sent:
+            err = take_acks(w, fd, True)
+            continue
+        elif u32_load(&w.turn) == turn:
+            u32_store(&w.drained, 1)
+            wire_tell(w)
+            turn = u32_load(&w.turn)
+        futex_wait(&w.turn, turn, SECOND_NS)
+    return err if err != 0 else -ENOTCONN
+
+
+cdef inline bint ring_full(Wire_t *w) noexcept nogil:
+    return w.sent_frames - w.handed >= FRAMES - 8
+
+
+cdef int take_acks(Wire_t *w, int fd, bint wait) noexcept nogil:
+    """Reads what the destination acknowledged; wait: at least once. 0 or -errno."""
+    cdef wire_head head
+    cdef size_t got = 0
+    cdef uint64_t now, ns, bytes
+    cdef int err
+    while wait or wire_ready(fd, <short>POLLIN, 0) == 0:
+        got = 0
+        err = wire_receive(fd, &head, sizeof(wire_head), &got, WIRE_SILENCE_MS)
+        if err != 0:
+            return err
+        if head.kind != W_ACK or head.nbytes or head.extra > w.sent_frames or head.extra < w.handed:
+            return -EPROTO
+        bytes = 0
+        while w.handed < head.extra:
+            bytes += w.ring_bytes[w.handed & (FRAMES - 1)]
+            w.handed += 1
+        w.acked += bytes
+        now = now_ns()
+        ns = now - w.ack_ns
+        w.ack_ns = now
+        if ns and bytes and ns < SECOND_NS:
+            bytes = u64_min(bytes * QUEUE_NS / ns, 8 << 20)
+            w.window = u64_max((w.window * 7 + bytes) / 8, 2 * PUSH_BYTES)
+        wait = False
+    return 0
+
+
+cdef int push_next(Wire_t *w, int fd, char *buffer, bint late) noexcept nogil:
+    """One frame or a few; 1 when nothing is to be sent, 0, or -errno."""
+    cdef Part_t *p
+    cdef uint32_t i = w.at_part, turns = 0, n = 0, most
+    cdef uint64_t b = w.at_block, first
+    while turns <= w.nparts:
+        p = &w.part[i]
+        b = wire_next_bit(p.todo, b, p.blocks)
+        if b < p.blocks:
+            break
+        i = (i + 1) % w.nparts
+        b = 0
+        turns += 1
+    else:
+        return 1
+    first = b
+    most = <uint32_t>u64_max(PUSH_BYTES >> p.shift, 1)
+    if p.region_id == 0 and (b == 0 or b == p.blocks - 1):
+        most = 1                            # a block at an end may be sent from elsewhere
+    while n < most and b < p.blocks and (n == 0 or p.region_id or b < p.blocks - 1) and bit_take(p.todo, b):
+        n += 1
+        b += 1
+    w.at_part = i
+    w.at_block = b
+    if n == 0:
+        return 0
+    if not late and u32_load(&w.phase) == PH_SETUP:
+        wire_step(w, EV_DATA)
+    pace(w, part_bytes(p, first, n), w.rate[1] if late else w.rate[0])
+    return send_blocks(w, fd, i, first, n, buffer, M_PUSHED if late else M_PRECOPY)
+
+
+cdef void pace(Wire_t *w, uint64_t nbytes, uint64_t rate) noexcept nogil:
+    """Waits until nbytes may go: a bucket of BURST_NS."""
+    cdef uint64_t now = now_ns()
+    cdef uint32_t turn
+    if rate == 0:
+        return
+    if w.next_ns + BURST_NS < now:
+        w.next_ns = now - BURST_NS
+    while now < w.next_ns and u32_load(&w.connected) and not u32_load(&w.ending):
+        turn = u32_load(&w.turn)
+        futex_wait(&w.turn, turn, u64_min(w.next_ns - now, SLICE_NS))
+        now = now_ns()
+    w.next_ns += <uint64_t>(<double>nbytes * 1e9 / <double>rate)
+
+
+# ---- the other connection: requests, and what is agreed on --------------------------------------------------------
+
+cdef void *answer_main(void *argument) noexcept nogil:
+    """Answers requests on the connection that they come by, past all that is pushed."""
+    cdef Wire_t *w = <Wire_t *>argument
+    cdef char *buffer = map_lazy(MAX_BLOCK_BYTES, PROT_READ | PROT_WRITE, -1)
+    cdef uint32_t epoch = 0
+    cdef int err
+    while wire_enter(w, &epoch):
+        err = answer_all(w, epoch, buffer) if buffer != NULL else -ENOMEM
+        wire_break(w, epoch, err)
+        wire_leave(w)
+    if buffer != NULL:
+        munmap(buffer, MAX_BLOCK_BYTES)
+    wire_thread_ends(w)
+    return NULL
+
+
+cdef int answer_all(Wire_t *w, uint32_t epoch, char *buffer) noexcept nogil:
+    cdef wire_head head
+    cdef uint32_t phase = u32_load(&w.phase)
+    cdef int err = 0
+    if phase == PH_RECOVERING_EARLY or phase == PH_RECOVERING_DOUBT or phase == PH_RECOVERING_LATE:
+        err = wire_say(w, W_RESUME, 0, 0, 0, phase != PH_RECOVERING_EARLY, NULL, 0)
+    while err == 0:
+        err = wire_take(w, w.ask_fd, &head, sizeof(wire_head), epoch, False)
+        if err == 0:
+            err = take_answer(w, &head, epoch, buffer)
+    return err
+
+
+cdef int take_answer(Wire_t *w, wire_head *h, uint32_t epoch, char *buffer) noexcept nogil:
+    if h.kind == W_HAVE:
+        return take_have(w, h, epoch, buffer)
+    if h.nbytes:
+        return -EPROTO
+    if h.kind == W_WANT:
+        return answer_want(w, h, buffer)
+    if h.kind == W_READY:
+        u32_store(&w.ready, 1)
+        wire_tell(w)
+        return 0
+    if h.kind == W_STARTED:
+        w.resumed_ns = now_ns()
+        if u32_load(&w.phase) == PH_DOUBT and not wire_step(w, EV_STARTED):
+            return -EPROTO
+        return 0
+    if h.kind == W_HAVE_END:
+        return resumed(w, h.extra != 0)
+    if h.kind == W_DONE:
+        return handed_over(w)
+    if h.kind == W_GAVE_UP:
+        u32_store(&w.ready, 2)
+        if wire_step(w, EV_GIVEN_UP) or wire_step(w, EV_CANCEL):
+            source_thaw(w)
+        return -ENOTCONN
+    return -EPROTO
+
+
+cdef int answer_want(Wire_t *w, wire_head *h, char *buffer) noexcept nogil:
+    cdef Part_t *p
+    cdef int err
+    if h.part >= w.nparts or h.count != 1 or h.block >= w.part[h.part].blocks:
+        return -EPROTO
+    p = &w.part[h.part]
+    if u32_load(&w.phase) == PH_DOUBT:
+        w.resumed_ns = now_ns()
+        wire_step(w, EV_STARTED)            # a touch there may be ahead of the word that it runs
+    if u32_load(&w.phase) != PH_POSTCOPY:
+        return -EPROTO
+    u64_add(&w.asked, 1)
+    if not bit_take(p.todo, h.block):
+        return 0                            # it is on its way by the other connection
+    err = send_blocks(w, w.ask_fd, h.part, h.block, 1, buffer, M_REQUESTED)
+    w.at_part = h.part                      # the push goes on behind it
+    w.at_block = h.block + 1
+    return err
+
+
+cdef int take_have(Wire_t *w, wire_head *h, uint32_t epoch, char *buffer) noexcept nogil:
+    """What the destination lacks, after a reconnection: it is to be sent, whatever was."""
+    cdef Part_t *p
+    cdef uint64_t i, n
+    cdef bint late = u32_load(&w.phase) != PH_RECOVERING_EARLY
+    cdef int err
+    if h.part >= w.nparts or u32_load(&w.phase) < PH_RECOVERING_EARLY or u32_load(&w.phase) > PH_RECOVERING_LATE:
+        return -EPROTO
+    p = &w.part[h.part]
+    if h.block & 63 or h.block >= p.blocks or h.nbytes & 7 or h.nbytes > WIRE_RUN or \
+            h.nbytes / 8 > (p.blocks - h.block + 63) / 64:
+        return -EPROTO
+    err = wire_take(w, w.ask_fd, buffer, h.nbytes, epoch, True)
+    if err != 0:
+        return err
+    for i in range(h.nbytes / 8):
+        n = (<uint64_t *>buffer)[i]
+        if h.block / 64 + i == (p.blocks - 1) / 64 and p.blocks & 63:
+            n &= (<uint64_t>1 << (p.blocks & 63)) - 1
+        if late:
+            u64_store(&p.todo[h.block / 64 + i], n)
+        else:
+            u64_or(&p.todo[h.block / 64 + i], n)
+    return 0
+
+
+cdef int resumed(Wire_t *w, bint running) noexcept nogil:
+    if not wire_step(w, EV_RESUMED_LATE if running else EV_RESUMED_EARLY):
+        return -EPROTO
+    return 0
+
+
+cdef int handed_over(Wire_t *w) noexcept nogil:
+    if not wire_step(w, EV_DONE):
+        return -EPROTO
+    if u32_load(&w.killed):
+        die_for_write()
+    return 0
+
+
+# ---- what Python calls --------------------------------------------------------------------------------------------
+
+cdef int source_arm(Wire_t *w) noexcept nogil:
+    """Writes are seen from here on. 0 or -errno."""
+    cdef uint64_t found = 0
+    cdef int err
+    if w.guarding:
+        return 0
+    err = each_part(w, True, False, &found)
+    if err == 0:
+        w.guarding = 1
+    return err
+
+
+cdef int source_drain(Wire_t *w, uint64_t deadline) noexcept nogil:
+    """The push has stopped, and all it sent has arrived. 0 or -errno."""
+    cdef uint32_t turn
+    u32_store(&w.drained, 0)
+    u32_store(&w.round, 0)
+    wire_tell(w)
+    while not u32_load(&w.drained):
+        turn = u32_load(&w.turn)
+        if not u32_load(&w.connected):
+            return -ENOTCONN
+        if now_ns() > deadline:
+            return -ETIMEDOUT
+        if not u32_load(&w.drained):
+            futex_wait(&w.turn, turn, SLICE_NS)
+    return 0
+
+
+cdef int tell_dirty(Wire_t *w) noexcept nogil:
+    """What is to be sent still: the destination drops what it has of it."""
+    cdef uint32_t i
+    cdef uint64_t at, n
+    cdef int err = 0
+    for i in range(w.nparts if w.blocks[M_PRECOPY] or w.blocks[M_ZERO] else 0):
+        at = 0
+        while at * 64 < w.part[i].blocks and err == 0:
+            n = u64_min((w.part[i].blocks + 63) / 64 - at, WIRE_RUN / 8)
+            err = wire_say(w, W_DIRTY, i, at * 64, 0, 0, &w.part[i].todo[at], n * 8)
+            at += n
+    return err
+
+
+cdef int source_switchover(Wire_t *w, const char *state, uint64_t nbytes, uint64_t deadline) noexcept nogil:
+    """The hand-over, without the interpreter: a writer that is stopped may hold its lock. 0: the destination runs.
+    -errno: it does not, unless the phase is one of doubt; writers go on."""
+    cdef uint64_t found = 0, last = 0
+    cdef uint32_t k
+    cdef int err = source_drain(w, deadline)
+    if err == 0:
+        err = source_arm(w)
+    for k in range(<uint32_t>DROP_ROUNDS):
+        if err != 0:
+            break
+        found = 0
+        err = each_part(w, False, False, &found)
+        if err == 0:
+            err = tell_dirty(w)
+        if found == 0 or k and found > last / 2:
+            break
+        last = found
+    if err == 0 and not wire_step(w, EV_FREEZE):
+        return -EPROTO
+    if err == 0:
+        u32_store(&w.ready, 0)
+        err = each_part(w, False, True, &found)
+        w.stopped_ns = now_ns()
+    if err == 0:
+        err = tell_dirty(w)
+    if err == 0:
+        err = wire_say(w, W_PREPARE, 0, 0, 0, nbytes, state, nbytes)
+    if err == 0:
+        err = wait_ready(w, deadline)
+    if err == 0 and not wire_step(w, EV_COMMIT):
+        err = -ENOTCONN
+    if err != 0:
+        source_thaw(w)
+        wire_break(w, w.epoch, err)         # the destination learns by that that it is not to run
+        return err
+    err = wire_say(w, W_COMMIT, 0, 0, 0, 0, NULL, 0)
+    return wait_started(w, deadline + 5 * SECOND_NS, err)
+
+
+cdef int wait_ready(Wire_t *w, uint64_t deadline) noexcept nogil:
+    cdef uint32_t turn
+    while True:
+        turn = u32_load(&w.turn)
+        if u32_load(&w.ready) == 1:
+            return 0
+        if u32_load(&w.phase) != PH_FROZEN:
+            return -ENOTCONN
+        if now_ns() > deadline:
+            return -ETIMEDOUT
+        futex_wait(&w.turn, turn, SLICE_NS)
+
+
+cdef int wait_started(Wire_t *w, uint64_t deadline, int err) noexcept nogil:
+    cdef uint32_t turn, phase
+    while err == 0:
+        turn = u32_load(&w.turn)
+        phase = u32_load(&w.phase)
+        if phase == PH_POSTCOPY or phase == PH_PAUSED_LATE or phase == PH_COMPLETED:
+            return 0
+        if phase != PH_DOUBT:
+            return -ENOTCONN
+        if now_ns() > deadline:
+            err = -ETIMEDOUT
+            break
+        futex_wait(&w.turn, turn, SLICE_NS)
+    wire_break(w, w.epoch, err)
+    return err
