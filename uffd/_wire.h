@@ -84,6 +84,38 @@ static inline int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got,
     return 0;
 }
 
+/* A migration's name (32 bytes) and its two new connections, handed over by the process that listens. 0 or -errno, and
+   then no descriptor is left open. */
+static inline int wire_take_pair(int fd, char *name, int *pair, int timeout_ms)
+{
+    char text[64], control[CMSG_SPACE(8 * sizeof(int))];
+    struct iovec to = {text, sizeof text};
+    struct msghdr message = {.msg_iov = &to, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    int got[8], n = 0, i, err = wire_ready(fd, POLLIN, timeout_ms);
+    struct cmsghdr *c;
+    ssize_t bytes;
+    if (err)
+        return err;
+    bytes = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    if (bytes <= 0)
+        return bytes < 0 ? -errno : -ECONNRESET;
+    for (c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        n = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        memcpy(got, CMSG_DATA(c), (size_t)n * sizeof(int));
+    }
+    if (n == 2 && bytes == 32) {
+        memcpy(name, text, 32);
+        pair[0] = got[0];
+        pair[1] = got[1];
+        return 0;
+    }
+    for (i = 0; i < n; i++)
+        close(got[i]);
+    return -EPROTO;
+}
+
 /* Whether all bytes are zero; as fast as memory where they are, at once where they are not. */
 static inline int wire_is_zero(const char *p, size_t n)
 {

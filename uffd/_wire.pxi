@@ -23,6 +23,7 @@ cdef extern from "_wire.h" nogil:
     int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms) noexcept
     bint wire_is_zero(const char *p, size_t n) noexcept
     int wire_shutdown(int fd) noexcept
+    int wire_take_pair(int fd, char *name, int *pair, int timeout_ms) noexcept
     uint64_t wire_next_bit(const uint64_t *bits, uint64_t start, uint64_t end) noexcept
     short POLLOUT
     int EPROTO, ENOTCONN, ENOTRECOVERABLE
@@ -100,6 +101,8 @@ cdef struct Wire_t:
     int32_t last_error              # of the connection
     uint32_t told                   # the user was told of the pause
     # destination
+    char name[32]                   # of the migration
+    int gate_fd                     # where new connections come from, after a break; not ours
     uint64_t left                   # blocks that have yet to come
     uint32_t verdict                # 0, or the errno of what will never come
     uint32_t asks_left              # requests that the socket did not take

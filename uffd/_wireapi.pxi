@@ -23,6 +23,7 @@ cdef class Wire:
         w.ask_fd = -1
         w.guard_fd = -1
         w.guard_wake = -1
+        w.gate_fd = -1
         memcpy(w.rules, <const char *>rules, PHASES * EVENTS)
         pthread_mutex_init(&w.lock, NULL)
         pthread_mutex_init(&w.send_lock, NULL)
@@ -38,11 +39,19 @@ cdef class Wire:
         if self.w != NULL:
             wire_release(self.w)
 
-    def start(self):
+    def listen(self, bytes name, int gate_fd):
+        """Destination: where new connections of this migration come from. Before start."""
+        if len(name) != 32:
+            raise ValueError(f"a migration's name has 32 bytes, not {len(name)}")
+        memcpy(self.w.name, <const char *>name, 32)
+        self.w.gate_fd = gate_fd
+
+    def start(self, bint release=False):
         """Registers what memory is not ours, and starts the threads. OSError."""
         cdef int err
         cdef bint ok
         cdef Wire_t *w = self.w
+        w.release = release
         if w.source:
             err = _guard(w)
             if err != 0:
@@ -51,6 +60,7 @@ cdef class Wire:
             ok = ok and (w.guard_fd < 0 or wire_start(w, &guard_main, b"uffd-guard"))
         else:
             ok = wire_start(w, &receive_push_main, b"uffd-receive") and wire_start(w, &receive_ask_main, b"uffd-asks")
+            ok = ok and (w.gate_fd < 0 or wire_start(w, &gate_main, b"uffd-gate"))
         if not ok:
             raise _os_error(-EAGAIN, "no thread for a migration")
 
@@ -333,3 +343,32 @@ cdef void _detach(Wire_t *w) noexcept nogil:
     if w.guard_fd >= 0:
         close(w.guard_fd)                   # lets memory that is not ours be as it was
         w.guard_fd = -1
+
+
+def wire_want(Region region, runs):
+    """Asks for the blocks of runs (an int64 buffer of pairs) that a migration has yet to bring, and waits for one of
+    them, at most 100 ms. Whether any has yet to come; never of those that never will."""
+    cdef Region_t *r = _live(region)
+    cdef Py_buffer view
+    cdef int64_t *pair
+    cdef uint64_t i, b, last = 0
+    cdef bint any = False
+    if r.part == NULL or r.part.wire.source:
+        return False
+    PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
+    _hold(r)
+    with nogil:
+        pair = <int64_t *>view.buf
+        for i in range(<uint64_t>view.len // 16):
+            b = wire_next_bit(r.part.todo, <uint64_t>pair[2 * i], <uint64_t>pair[2 * i + 1])
+            while b < <uint64_t>pair[2 * i + 1] and not u32_load(&r.part.wire.verdict):
+                any = True
+                last = b
+                ask_for(r.part, b)
+                b = wire_next_bit(r.part.todo, b + 1, <uint64_t>pair[2 * i + 1])
+        if any:
+            wait_for_word(r, last, u32_load(&r.state[last]), SLICE_NS)
+        region_release(r)
+    PyBuffer_Release(&view)
+    PyErr_CheckSignals()
+    return bool(any)

@@ -481,3 +481,28 @@ cdef void say_paused(Wire_t *w, int err) noexcept nogil:
     line_number(&l, u64_load(&w.left))
     line_text(&l, b" blocks have yet to come, and touches of them wait until the source calls recover()")
     line_say(&l)
+
+
+cdef void *gate_main(void *argument) noexcept nogil:
+    """Takes new connections from the process that listens, after the old ones broke. Not in Python: whoever waits for a
+    block may hold the interpreter."""
+    cdef Wire_t *w = <Wire_t *>argument
+    cdef char name[32]
+    cdef int pair[2]
+    cdef int err = 0
+    pair[0] = -1
+    pair[1] = -1
+    while not u32_load(&w.ending) and err != -ECONNRESET:
+        err = wire_take_pair(w.gate_fd, name, pair, WIRE_SLICE_MS)
+        if err != 0:
+            continue
+        if memcmp(name, w.name, 32) == 0:
+            wire_break(w, u32_load(&w.epoch), -ECONNRESET)      # the source knows that the old ones are gone
+            err = wire_attach(w, pair[0], pair[1])
+        else:
+            err = -ENODATA
+        if err != 0:
+            close(pair[0])
+            close(pair[1])
+    wire_thread_ends(w)
+    return NULL
