@@ -344,6 +344,7 @@ include "_hosttake.pxi"
 include "_hostwrite.pxi"
 include "_wire.pxi"
 include "_wiretake.pxi"
+include "_wireread.pxi"
 include "_wiresend.pxi"
 include "_wireapi.pxi"
 

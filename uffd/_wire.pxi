@@ -69,7 +69,8 @@ cdef struct Part_t:                 # an array's memory, on either side
     uint64_t *zero                  # source: sent as zeros, so with nothing to release
     uint64_t guarded                # source, not ours: address and bytes of its whole pages, which are protected
     uint64_t guarded_bytes
-    char *edge[2]                   # the same: the blocks at its ends, as they were when writers were stopped
+    bint whole                      # the same: those hold all of the array, and nothing else
+    char *edge[2]                   # else the blocks at its ends, as they were when writers were stopped
 
 cdef struct Ask:                    # a block that somebody waits for, and since when
     uint64_t key

@@ -188,6 +188,12 @@ cdef class Wire:
         cdef uint64_t deadline = now_ns() + 10 * SECOND_NS
         cdef bint ours
         with nogil:
+            while not w.source and u32_load(&w.phase) == PH_COMPLETED and u32_load(&w.connected):
+                if now_ns() > deadline - 8 * SECOND_NS:
+                    break
+                n = u32_load(&w.turn)
+                if u32_load(&w.connected):  # the source closes first, when it has heard that all is here
+                    futex_wait(&w.turn, n, SLICE_NS)
             ours = w.source and u32_load(&w.frozen) == 0
             if w.source and not ours and w.guard_fd >= 0:
                 keep = 1                    # writers still wait there, or are to be told
@@ -292,10 +298,24 @@ cdef int _make_part(Wire_t *w, Part_t *p, memory, uint32_t block_bytes) except -
         if p.edge[0] == NULL:
             raise MemoryError("no memory for a migration")
         p.edge[1] = p.edge[0] + (<uint64_t>1 << p.shift)
-        p.guarded = page_round(<uint64_t>p.base)
-        p.guarded_bytes = (<uint64_t>p.base + p.nbytes) & ~(PAGE - 1)
-        p.guarded_bytes = p.guarded_bytes - p.guarded if p.guarded_bytes > p.guarded else 0
+        _find_guarded(p)
     return 0
+
+
+cdef void _find_guarded(Part_t *p) noexcept:
+    """The pages that are the array's alone: all that it touches where malloc has mapped it by itself (its header is in
+    front of it then, and tells a whole number of pages that hold just this), else those within it."""
+    cdef uint64_t start = <uint64_t>p.base, end = start + p.nbytes, chunk
+    if start & (PAGE - 1) == 16:
+        chunk = (<uint64_t *>(p.base - 8))[0]
+        if chunk & 7 == 2 and (chunk & ~<uint64_t>7) & (PAGE - 1) == 0 and end <= start - 16 + chunk - 2 < end + 2 * PAGE:
+            p.guarded = start - 16
+            p.guarded_bytes = chunk - 2
+            p.whole = True
+            return
+    p.guarded = page_round(start)
+    p.guarded_bytes = end & ~(PAGE - 1)
+    p.guarded_bytes = p.guarded_bytes - p.guarded if p.guarded_bytes > p.guarded else 0
 
 
 cdef int _guard(Wire_t *w) noexcept:

@@ -1,11 +1,10 @@
 # Migration, the source's side: what is sent, in which order, and when writers wait.
 #
-# Uses:     _wire.pxi; claims of _fill.pxi, copies of _evict.pxi, spill_read of _store.pxi, requests of _hosted.pxi
+# Uses:     _wire.pxi, source_read of _wireread.pxi; settle of _fill.pxi
 # Provides: push_main, answer_main, guard_main (its threads); source_round, source_switchover (what Python calls);
 #           source_thaw, source_resume; part_written and wire_parked (called where a region of ours is written)
 #
-# A block is read where it is: in the region, in the pool, in the spill file, or at its provider, and does not become
-# resident by that. `todo` has a bit per block that is to be sent; who clears it sends it. Writes are seen by write
+# `todo` has a bit per block that is to be sent; who clears it sends it. Writes are seen by write
 # protection: a block's first write since it was last protected sets its bit in `dirty`. At the switchover the same
 # protection stops writers: their faults are not answered any more. Until then, only what was dirtied since must be
 # protected, so that it takes as long as that, however large the memory is.
@@ -105,7 +104,7 @@ cdef int collect(Wire_t *w, Part_t *p, Region_t *r, uint64_t *found) noexcept no
     will be sent; one after it is seen. 0 or -errno."""
     cdef uint64_t i, bits, b, n
     cdef int err = 0
-    if r == NULL:
+    if r == NULL and not p.whole:
         bit_set(p.dirty, 0)                 # its ends share pages with other memory, and are not protected
         bit_set(p.dirty, p.blocks - 1)
     for i in range((p.blocks + 63) / 64):
@@ -143,7 +142,7 @@ cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept
                 u32_store_seq(&r.frozen, 1)
                 settle(r.engine)            # who did not see it has told by then what it made writable
         err = protect_all(w, &w.part[i], r) if first else collect(w, &w.part[i], r, found)
-        if freeze and r == NULL and err == 0:
+        if freeze and r == NULL and err == 0 and not w.part[i].whole:
             keep_edges(&w.part[i])
         if r != NULL:
             region_release(r)
@@ -231,126 +230,6 @@ cdef void guard_look(Wire_t *w, uint64_t address) noexcept nogil:
     if protect_at(w.guard_fd, start, end - start, 0) != 0:
         uf_wake(w.guard_fd, at, PAGE)
     pthread_mutex_unlock(&w.guard_lock)
-
-
-# ---- reading a block ----------------------------------------------------------------------------------------------
-
-cdef int source_read(Wire_t *w, Part_t *p, uint64_t b, uint64_t n, char *buffer, const char **data) noexcept nogil:
-    """The bytes of blocks [b, b + n) at *data: in place, or in the buffer. 0; -errno of the first that can't be read."""
-    cdef Region_t *r
-    cdef uint64_t i
-    cdef int err = 0
-    if p.region_id == 0:
-        data[0] = p.base + (b << p.shift)
-        if u32_load(&w.frozen) and b == 0:
-            data[0] = p.edge[0]
-        elif u32_load(&w.frozen) and b == p.blocks - 1:
-            data[0] = p.edge[1]
-        return 0
-    data[0] = buffer
-    r = region_acquire(p.region_id)
-    if r == NULL:
-        return -ENODATA
-    for i in range(n):
-        err = region_read(r, b + i, buffer + (i << p.shift))
-        if err != 0:
-            break
-    region_release(r)
-    return err
-
-
-cdef int region_read(Region_t *r, uint64_t b, char *out) noexcept nogil:
-    """A copy of a block, wherever it is. It stays there, and what was not resident does not become so."""
-    cdef uint32_t word, state
-    cdef Slot *s = wire_borrow(r.engine)
-    cdef int err = 1
-    cdef uint32_t tries = 0
-    while err > 0:
-        word = u32_load(&r.state[b])
-        state = word & STATE_MASK
-        if state == CLEAN or state == DIRTY or state == POOLED or state == POOLED_DIRTY:
-            err = copy_held(s, r, b, word, out)
-        elif state == MISSING:
-            err = read_store(s, r, b, word, out)
-            if err != 0 and tries < r.retries:
-                tries += 1
-                poll(NULL, 0, <int>(1 << 2 * tries if tries < 5 else 1000))
-                err = 1
-        elif state == POISONED:
-            err = -EIO
-        else:
-            wait_for_word(r, b, word, 10000000)
-    wire_return(r.engine, s)
-    return err
-
-
-cdef int copy_held(Slot *s, Region_t *r, uint64_t b, uint32_t word, char *out) noexcept nogil:
-    """Of a block in memory, which can't leave it meanwhile: it is COPYING. 1: look again."""
-    cdef uint32_t state = word & STATE_MASK
-    cdef uint64_t nbytes = run_bytes(r, b, 1)
-    cdef bint whole = True
-    critical_enter(s)
-    if not u32_cas(&r.state[b], word, COPYING | word & (WAITERS | FROM_PARENT | KEPT | STICKY)
-                   | (s.index + 1) << OWNER_SHIFT | ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT):
-        critical_leave(s)
-        return 1
-    if is_shared(r):
-        memcpy(out, r.alias + (b << r.shift), nbytes)
-    elif state == POOLED or state == POOLED_DIRTY:
-        memcpy(out, slot_at(r.engine, r.shift, r.place[b]), nbytes)
-    else:
-        u32_store(&s.torn, 0)
-        u32_store(&s.tid, <uint32_t>thread_id())
-        memcpy(out, r.base + (b << r.shift), nbytes)
-        u32_store(&s.tid, 0)
-        whole = u32_load(&s.torn) == 0
-        if not whole:
-            untear(s, r, b)
-    publish_same(r, b, state)
-    critical_leave(s)
-    if not whole:                           # the program dropped pages of it: they come back as at a touch
-        memcpy(out, r.base + (b << r.shift), nbytes)
-    return 0
-
-
-cdef int read_store(Slot *s, Region_t *r, uint64_t b, uint32_t word, char *out) noexcept nogil:
-    """Of a block that is not in memory: from the spill file or the provider, as a fill would, into a buffer."""
-    cdef uint64_t offset = b << r.shift, nbytes = run_bytes(r, b, 1)
-    cdef const char *source = NULL
-    cdef int err = slot_buffer(s) if s.staging == NULL else 0
-    if err != 0:
-        return err
-    if word & SPILLED:
-        err = pread_all(r.spills.file[r.spill[b]], out, block_span(r, b), offset)
-        return err if u32_load(&r.state[b]) == word else 1
-    if r.in_child and word & FROM_PARENT:
-        memcpy(out, r.alias + offset, nbytes)
-        return 0
-    if r.fill.kind == FILL_ZERO:
-        memset(out, 0, nbytes)
-    elif r.fill.kind == FILL_DIRECT:
-        err = copy_direct(r, out, r.fill.direct + offset, nbytes)
-    elif r.fill.kind == FILL_HOST:
-        err = read_hosted(r, offset, nbytes, out)
-    else:
-        err = r.fill.call(r.fill.self, s.index, offset, out, nbytes)
-        err = err if -ERRNO_MAX <= err <= 0 else -EIO
-    if err == 0 and u32_load(&r.state[b]) & SPILLED:
-        return 1                            # it was touched, written, and left again meanwhile
-    return err
-
-
-cdef int read_hosted(Region_t *r, uint64_t offset, uint64_t nbytes, char *out) noexcept nogil:
-    cdef Slot *c = carrier_wait(r.engine, r)
-    cdef int err
-    c.deadline_ns = now_ns() + r.timeout_ns
-    host_post(c, REQ_READ, r.fill.session, offset, nbytes, 1, False)
-    err = host_answer(c, r.timeout_ns, NULL)
-    c.carrier.posted_bytes = 0
-    if err == 0:
-        memcpy(out, c.staging, nbytes)
-    carrier_return(c)
-    return err
 
 
 # ---- sending ------------------------------------------------------------------------------------------------------
@@ -513,9 +392,9 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late) noexcept nogil:
         return 1
     first = b
     most = <uint32_t>u64_max(PUSH_BYTES >> p.shift, 1)
-    if p.region_id == 0 and (b == 0 or b == p.blocks - 1):
+    if p.region_id == 0 and not p.whole and (b == 0 or b == p.blocks - 1):
         most = 1                            # a block at an end may be sent from elsewhere
-    while n < most and b < p.blocks and (n == 0 or p.region_id or b < p.blocks - 1) and bit_take(p.todo, b):
+    while n < most and b < p.blocks and (n == 0 or p.region_id or p.whole or b < p.blocks - 1) and bit_take(p.todo, b):
         n += 1
         b += 1
     w.at_part = i
@@ -659,7 +538,7 @@ cdef int handed_over(Wire_t *w) noexcept nogil:
         return -EPROTO
     if u32_load(&w.killed):
         die_for_write()
-    return 0
+    return -ENOTCONN                        # closed from here: the destination waits for that, so that DONE is not lost
 
 
 # ---- what Python calls --------------------------------------------------------------------------------------------
