@@ -332,6 +332,10 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     cdef uint64_t span = page_round(nbytes)
     cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
     cdef int err
+    if s.offered != NULL and s.recycled:
+        memcpy(target, s.offered, span)     # a migration's; its buffer is whole pages
+        source[0] = target
+        return 0
     if s.offered != NULL:
         return obtain_hosted(s, r, offset, nbytes, source)
     if wire_pending(r, offset >> r.shift):

@@ -379,7 +379,7 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late) noexcept nogil:
     """One frame or a few; 1 when nothing is to be sent, 0, or -errno."""
     cdef Part_t *p
     cdef uint32_t i = w.at_part, turns = 0, n = 0, most
-    cdef uint64_t b = w.at_block, first
+    cdef uint64_t b = w.at_block, first, rate
     while turns <= w.nparts:
         p = &w.part[i]
         b = wire_next_bit(p.todo, b, p.blocks)
@@ -390,8 +390,12 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late) noexcept nogil:
         turns += 1
     else:
         return 1
+    rate = w.rate[1] if late else w.rate[0]
+    if rate and now_ns() < w.next_ns:       # before it is claimed: a request for it must not wait for its turn
+        pace(w)
+        return 0
     first = b
-    most = <uint32_t>u64_max(PUSH_BYTES >> p.shift, 1)
+    most = <uint32_t>u64_max((u64_min(PUSH_BYTES, rate / 64) if rate else PUSH_BYTES) >> p.shift, 1)
     if p.region_id == 0 and not p.whole and (b == 0 or b == p.blocks - 1):
         most = 1                            # a block at an end may be sent from elsewhere
     while n < most and b < p.blocks and (n == 0 or p.region_id or p.whole or b < p.blocks - 1) and bit_take(p.todo, b):
@@ -403,23 +407,18 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late) noexcept nogil:
         return 0
     if not late and u32_load(&w.phase) == PH_SETUP:
         wire_step(w, EV_DATA)
-    pace(w, part_bytes(p, first, n), w.rate[1] if late else w.rate[0])
+    if rate:
+        w.next_ns = u64_max(w.next_ns, now_ns() - BURST_NS) + <uint64_t>(
+            <double>part_bytes(p, first, n) * 1e9 / <double>rate)
     return send_blocks(w, fd, i, first, n, buffer, M_PUSHED if late else M_PRECOPY)
 
 
-cdef void pace(Wire_t *w, uint64_t nbytes, uint64_t rate) noexcept nogil:
-    """Waits until nbytes may go: a bucket of BURST_NS."""
+cdef void pace(Wire_t *w) noexcept nogil:
+    """Waits until more bytes may go, or there is news."""
+    cdef uint32_t turn = u32_load(&w.turn)
     cdef uint64_t now = now_ns()
-    cdef uint32_t turn
-    if rate == 0:
-        return
-    if w.next_ns + BURST_NS < now:
-        w.next_ns = now - BURST_NS
-    while now < w.next_ns and u32_load(&w.connected) and not u32_load(&w.ending):
-        turn = u32_load(&w.turn)
+    if now < w.next_ns:
         futex_wait(&w.turn, turn, u64_min(w.next_ns - now, SLICE_NS))
-        now = now_ns()
-    w.next_ns += <uint64_t>(<double>nbytes * 1e9 / <double>rate)
 
 
 # ---- the other connection: requests, and what is agreed on --------------------------------------------------------
