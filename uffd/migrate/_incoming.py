@@ -240,20 +240,19 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate, 
                                          block_bytes=part.block_bytes, backing=part.backing, readahead_bytes=0))
             wire = _core.Wire(False, _states.encoded("destination"), list(regions), 0)
             wire.listen(migration.encode(), gate.again.fileno())
-            wire.start()
             frames.send("accepted", deadline_s=deadline_s)
+            for one in (push, ask):
+                one.setblocking(True)
+            wire.attach(push.detach(), ask.detach())     # before others are looked for, should these break at once
+            wire.start()
         except (MigrationError, OSError, UffdError, MemoryError, ValueError) as error:
             for region in regions:
                 region._shut_when_unused()
             _refuse(frames, error)
             return None
-        for one in (push, ask):
-            one.setblocking(True)
         for region in regions:
             region._wire = wire
-        arrival = Arrival(wire, regions, layout, began_ns)
-        wire.attach(push.detach(), ask.detach())
-    return arrival
+    return Arrival(wire, regions, layout, began_ns)
 
 
 def _refuse(frames: _frames.Frames, error: BaseException) -> None:
