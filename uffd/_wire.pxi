@@ -122,7 +122,10 @@ cdef struct Wire_t:
     uint64_t sent_frames
     uint64_t acked
     uint64_t window                 # bytes under way at most
-    uint64_t ring_bytes[1024]       # of frames under way, by their number
+    uint64_t ring_bytes[1024]       # of frames under way, by their number; and which blocks are in them
+    uint32_t ring_part[1024]
+    uint64_t ring_block[1024]
+    uint32_t ring_count[1024]
     uint64_t ack_ns
     uint32_t ready                  # answers of the destination; 2: it gave up
     uint32_t frozen                 # writers wait
@@ -237,6 +240,8 @@ cdef int wire_attach(Wire_t *w, int push_fd, int ask_fd) noexcept nogil:
         pthread_mutex_unlock(&w.lock)
         return -EBUSY
     wire_close_fds(w)
+    if w.source:
+        send_again(w)
     w.push_fd = push_fd
     w.ask_fd = ask_fd
     w.sent = 0

@@ -12,6 +12,7 @@
 cdef enum:
     PUSH_BYTES = 256 * 1024         # of one frame of the push
     FRAMES = 1024                   # under way at most; a power of two
+    PUSH_FRAMES = 128               # more than PUSH_BYTES can be cut into, zeros and others in turn
     DROP_ROUNDS = 4                 # in which the destination drops what was written, before writers are stopped
 cdef uint64_t QUEUE_NS = 2000000    # of the push's bytes may lie before a request's answer
 cdef uint64_t BURST_NS = 10000000   # what a limited rate may catch up
@@ -251,6 +252,9 @@ cdef int emit(Wire_t *w, int fd, uint32_t kind, uint32_t part, uint64_t b, uint3
         pthread_mutex_unlock(&w.send_lock)
     elif err == 0:
         w.ring_bytes[w.sent_frames & (FRAMES - 1)] = sizeof(wire_head) + nbytes
+        w.ring_part[w.sent_frames & (FRAMES - 1)] = part
+        w.ring_block[w.sent_frames & (FRAMES - 1)] = b
+        w.ring_count[w.sent_frames & (FRAMES - 1)] = n
         w.sent_frames += 1
         w.sent += sizeof(wire_head) + nbytes
     return err
@@ -344,7 +348,18 @@ cdef int push_all(Wire_t *w, uint32_t epoch, int fd, char *buffer) noexcept nogi
 
 
 cdef inline bint ring_full(Wire_t *w) noexcept nogil:
-    return w.sent_frames - w.handed >= FRAMES - 8
+    return w.sent_frames - w.handed >= FRAMES - PUSH_FRAMES
+
+
+cdef void send_again(Wire_t *w) noexcept nogil:
+    """Of a connection that broke: what was sent and not acknowledged. The destination can't tell that it is missing: it
+    may have the block as it was in a round before."""
+    cdef uint64_t k, b
+    cdef uint32_t i
+    for k in range(w.handed, w.sent_frames):
+        i = w.ring_part[k & (FRAMES - 1)]
+        for b in range(w.ring_block[k & (FRAMES - 1)], w.ring_block[k & (FRAMES - 1)] + w.ring_count[k & (FRAMES - 1)]):
+            bit_set(w.part[i].todo, b)
 
 
 cdef int take_acks(Wire_t *w, int fd, bint wait) noexcept nogil:
@@ -410,7 +425,11 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late) noexcept nogil:
     if rate:
         w.next_ns = u64_max(w.next_ns, now_ns() - BURST_NS) + <uint64_t>(
             <double>part_bytes(p, first, n) * 1e9 / <double>rate)
-    return send_blocks(w, fd, i, first, n, buffer, M_PUSHED if late else M_PRECOPY)
+    cdef int err = send_blocks(w, fd, i, first, n, buffer, M_PUSHED if late else M_PRECOPY)
+    if err != 0:                            # some were not sent, and their bits are what says so
+        for b in range(first, first + n):
+            bit_set(p.todo, b)
+    return err
 
 
 cdef void pace(Wire_t *w) noexcept nogil:
