@@ -320,3 +320,61 @@ def test_two_views_of_one_memory_are_refused():
     a = np.zeros(1000)
     with pytest.raises(ValueError, match="share memory"):
         migrate.connect("tcp://127.0.0.1:1", [a, a[500:]])
+
+
+def test_shared_regions_are_passed_and_not_copied(tmp_path):
+    """Goal: on one machine a region with shared backing goes by its descriptor: no byte of it travels, what is evicted
+    or unfilled does; the source can't touch it any more; cancelled or failed, it is as it was; and it goes on again."""
+    script("""
+N = 8 << 20
+ENGINE = uffd.Engine(budget_bytes=None)
+def destination(incoming):
+    try:
+        incoming.accept(20)
+        raise AssertionError("cancelled")
+    except uffd.MigrationError:
+        pass
+    arrival = incoming.accept(20)
+    a, b = arrival.arrays["a"], arrival.arrays["b"]
+    assert a[0] == 5 and (a[1:] == filled(N)[1:]).all()
+    a[:] = 6                                    # at the source nothing sees it
+    report = arrival.wait(20)
+    assert (b == filled(4 << 20, 3)).all() and (a == 6).all()
+    assert report.bytes_passed == N + 65536 and report.bytes.total == (4 << 20) - 65536, report
+    arrival.close()
+    with migrate.connect(arrival.state.decode(), arrival.arrays) as outgoing:        # and on
+        outgoing.switchover()
+        report = outgoing.wait(20)
+    assert report.bytes_passed == N + (4 << 20) and report.bytes.total == 0, report
+def next_destination(incoming):
+    arrival = incoming.accept(20)
+    assert (arrival.arrays["a"] == 6).all() and (arrival.arrays["b"] == filled(4 << 20, 3)).all()
+    arrival.wait(20)
+    arrival.close()
+""" + f"""
+pid, url = start(destination, "unix:{tmp_path}/a")
+next_pid, next_url = start(next_destination, "unix:{tmp_path}/b")
+""" + """
+a = uffd.zeros(N // 8, np.int64, backing="shared", engine=ENGINE)
+b = uffd.from_provider(providers.Memory(filled(4 << 20, 3)), (N // 16,), np.int64, backing="shared", engine=ENGINE)
+a[:] = filled(N)
+outgoing = migrate.connect(url, {"a": a, "b": b})
+outgoing.precopy()
+a[0] = 4
+outgoing.cancel()
+outgoing.close()
+assert a[0] == 4 and (a[1:] == filled(N)[1:]).all()
+a[0] = 5
+assert b[9] == 30
+with migrate.connect(url, {"a": a, "b": b}) as outgoing:
+    t0 = time.monotonic()
+    outgoing.switchover(next_url.encode())
+    report = outgoing.wait(20)
+touch = threading.Thread(target=a.sum, daemon=True)
+touch.start()
+time.sleep(0.1)
+assert touch.is_alive()                         # a read, too: the memory is not here any more
+assert report.bytes_passed == N + 65536 and report.blocks.precopy == 0
+assert ended(pid) == 0 and ended(next_pid) == 0
+os._exit(0)
+""")

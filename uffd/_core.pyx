@@ -168,7 +168,7 @@ cdef int answer(Slot *s, Region_t *r, uint64_t *block, uint32_t *flags, int k, i
     if write and state == CLEAN and r.guard:
         forbid_write(r, b)
         return k + 1
-    if u32_load(&r.frozen) and flags[k] & UF_FLAG_WP:
+    if u32_load(&r.frozen) and (flags[k] & UF_FLAG_WP or wire_gone(r)):
         wire_parked(r)                      # it waits for a migration; woken when writers may go on
         return k + 1
     if write and state == CLEAN and not u32_load(&r.frozen):

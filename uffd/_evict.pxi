@@ -164,7 +164,7 @@ cdef inline bint can_store(Region_t *r) noexcept nogil:
 cdef bint claim_out(Slot *s, Region_t *r, uint64_t b, uint32_t from_state, uint32_t to_state) noexcept nogil:
     """from_state > EVICTING or COPYING, unless the block is pinned. Who pins says so first, then looks at the state."""
     cdef uint32_t word = u32_load(&r.state[b])
-    while word & STATE_MASK == from_state and u8_load(&r.pins[b]) == 0:
+    while word & STATE_MASK == from_state and u8_load(&r.pins[b]) == 0 and not wire_gone(r):
         if u32_cas(&r.state[b], word, to_state | word & (WAITERS | FROM_PARENT | KEPT | STICKY)
                    | (s.index + 1) << OWNER_SHIFT | ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT):
             fence_seq()
@@ -457,7 +457,7 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     cdef uint64_t span = block_span(r, b)
     cdef bint came = False, charged = False
     s.no_room = 0
-    if state != POOLED and state != POOLED_DIRTY:
+    if state != POOLED and state != POOLED_DIRTY or wire_gone(r):
         return False
     # Without room it is copied all the same: its slot is given back at once, so a thread has at most one block twice in
     # memory, while it copies. Moved, unprotected, it would have to count as written.

@@ -191,6 +191,10 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
             return BUS_NOT_OURS             # its memory is about to go: the program used it after closing it
         if not r.is_inline:
             return odd_fault(r, b, state)
+        if wire_gone(r):
+            wire_parked(r)
+            futex_wait(&r.frozen, 1, SECOND_NS)
+            continue
         if state == MISSING and wire_pending(r, b):
             asked_ns = inline_ask(r, b, write > 0, word, asked_ns)
             verdict = BUS_NOT_OURS

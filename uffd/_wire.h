@@ -2,10 +2,14 @@
 #ifndef UFFD_WIRE_H
 #define UFFD_WIRE_H
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include <errno.h>
 #include <poll.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -131,6 +135,14 @@ static inline int wire_is_zero(const char *p, size_t n)
         return 0;
     memcpy(&first, p + n - sizeof first, sizeof first);
     return first == 0 && memcmp(p, p + 8, n - 8) == 0;
+}
+
+/* Moves the pages of a mapping that a userfaultfd watches to another address, all page tables at once, whatever its size.
+   The mapping stays, empty and watched, so that every access to it faults. NULL: not possible (Linux before 5.13). */
+static inline char *wire_disarm(char *start, uint64_t len)
+{
+    void *away = mremap(start, len, len, MREMAP_MAYMOVE | 4 /* MREMAP_DONTUNMAP */, NULL);
+    return away == MAP_FAILED ? NULL : away;
 }
 
 static inline int wire_shutdown(int fd)

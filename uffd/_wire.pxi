@@ -23,6 +23,7 @@ cdef extern from "_wire.h" nogil:
     int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms) noexcept
     bint wire_is_zero(const char *p, size_t n) noexcept
     int wire_shutdown(int fd) noexcept
+    char *wire_disarm(char *start, uint64_t len) noexcept
     int wire_take_pair(int fd, char *name, int *pair, int timeout_ms) noexcept
     uint64_t wire_next_bit(const uint64_t *bits, uint64_t start, uint64_t end) noexcept
     short POLLOUT
@@ -39,7 +40,7 @@ cdef enum:
 
 cdef enum:                          # kinds of frames
     # from the source
-    W_BLOCKS = 1, W_ZEROS, W_BAD, W_DIRTY, W_PREPARE, W_COMMIT, W_CANCEL, W_RESUME, W_LOST
+    W_BLOCKS = 1, W_ZEROS, W_BAD, W_DIRTY, W_PREPARE, W_COMMIT, W_CANCEL, W_RESUME, W_LOST, W_PASS
     # from the destination
     W_ACK = 32, W_WANT, W_READY, W_STARTED, W_HAVE, W_HAVE_END, W_DONE, W_GAVE_UP
 
@@ -64,9 +65,12 @@ cdef struct Part_t:                 # an array's memory, on either side
     uint32_t shift
     uint64_t region_id              # 0: memory that is not ours (source)
     char *base                      # of that
+    Part_t *before                  # source: of the migration that had brought the region
     uint64_t *todo                  # source: to be sent. Destination: has yet to come
     uint64_t *dirty                 # source: written since its protection was last set. Destination: asked for
-    uint64_t *zero                  # source: sent as zeros, so with nothing to release
+    bint passed                     # its file is shared by both sides: what is in that does not travel
+    uint64_t *there                 # of such a part: blocks that are in the file. Destination: from the word of the source
+    char *away                      # source: where its pages are mapped once it was disarmed
     uint64_t guarded                # source, not ours: address and bytes of its whole pages, which are protected
     uint64_t guarded_bytes
     bint whole                      # the same: those hold all of the array, and nothing else
@@ -139,6 +143,7 @@ cdef struct Wire_t:
     # what is told of it
     uint64_t bytes[M_KINDS]
     uint64_t blocks[M_KINDS]
+    uint64_t passed                 # bytes that the file held at the hand-over
     uint64_t rounds
     uint64_t latency[BUCKETS]       # log2 ns from request to placed
     uint64_t latency_max_ns
@@ -336,6 +341,16 @@ cdef void wire_release(Wire_t *w) noexcept nogil:
     free(w.part)
     free(w.state)
     free(w)
+
+
+cdef void part_release(Region_t *r) noexcept nogil:
+    """Of a region that ends: the migration that brought it."""
+    cdef Part_t *p = r.part
+    while p != NULL and p.wire.source:
+        p = p.before
+    r.part = NULL
+    if p != NULL:
+        wire_release(p.wire)
 
 
 cdef inline uint64_t bits_bytes(uint64_t blocks) noexcept nogil:

@@ -37,6 +37,8 @@ cdef class Wire:
 
     def __dealloc__(self):
         if self.w != NULL:
+            if self.w.source and self.w.threads == 0 and not u32_load(&self.w.frozen):
+                _detach(self.w)             # a region must not refer to what is gone
             wire_release(self.w)
 
     def listen(self, bytes name, int gate_fd):
@@ -63,6 +65,10 @@ cdef class Wire:
             ok = ok and (w.gate_fd < 0 or wire_start(w, &gate_main, b"uffd-gate"))
         if not ok:
             raise _os_error(-EAGAIN, "no thread for a migration")
+
+    def passes(self, uint32_t part):
+        """The part's file is shared by both sides. Before start."""
+        self.w.part[part].passed = True
 
     def limit(self, uint64_t precopy, uint64_t push):
         """Bytes per second; 0: none."""
@@ -247,7 +253,7 @@ cdef class Wire:
         names = ("precopy", "pushed", "requested", "zero", "doubled", "released")
         return {"bytes": {names[i]: w.bytes[i] for i in range(M_KINDS)},
                 "blocks": {names[i]: w.blocks[i] for i in range(M_KINDS)},
-                "rounds": w.rounds, "latency": [w.latency[i] for i in range(BUCKETS)],
+                "rounds": w.rounds, "bytes_passed": w.passed, "latency": [w.latency[i] for i in range(BUCKETS)],
                 "latency_max_ns": w.latency_max_ns, "blocked_ns": w.blocked_ns, "asked": w.asked,
                 "stopped_ns": w.stopped_ns, "resumed_ns": w.resumed_ns, "left": self.left,
                 "moments": [(w.moment[i].at_ns, w.moment[i].phase, w.moment[i].left) for i in range(w.moments)]}
@@ -279,16 +285,17 @@ cdef int _make_part(Wire_t *w, Part_t *p, memory, uint32_t block_bytes) except -
         raise MemoryError("no memory for a migration")
     words = bits_bytes(p.blocks) / 8
     p.dirty = p.todo + words
-    p.zero = p.dirty + words
+    p.there = p.dirty + words
     for i in range(p.blocks / 64):
         p.todo[i] = ~<uint64_t>0
     if p.blocks & 63:
         p.todo[p.blocks / 64] = (<uint64_t>1 << (p.blocks & 63)) - 1
     w.left += p.blocks if not w.source else 0
     if p.region_id:
-        if region.r.part != NULL:
+        if region.r.part != NULL and not (w.source and _has_come(region.r.part)):
             raise ValueError("the region is being migrated")
-        if w.source and region.r.writable and not region.r.protect:
+        p.before = region.r.part
+        if w.source and region.r.writable and not region.r.protect and not region.r.minor:
             raise _os_error(-ENOTSUP, "this kernel can't write-protect the region's memory")
         region.r.part = p
         if not w.source:
@@ -300,6 +307,10 @@ cdef int _make_part(Wire_t *w, Part_t *p, memory, uint32_t block_bytes) except -
         p.edge[1] = p.edge[0] + (<uint64_t>1 << p.shift)
         _find_guarded(p)
     return 0
+
+
+cdef bint _has_come(Part_t *p) noexcept:
+    return not p.wire.source and u32_load(&p.wire.phase) == PH_COMPLETED
 
 
 cdef void _find_guarded(Part_t *p) noexcept:
@@ -357,7 +368,8 @@ cdef void _detach(Wire_t *w) noexcept nogil:
         r = region_acquire(w.part[i].region_id) if w.part[i].region_id else NULL
         if r == NULL:
             continue
-        r.part = NULL
+        if r.part == &w.part[i]:
+            r.part = w.part[i].before
         settle(r.engine)                    # who was about to mark a block in it has done so
         region_release(r)
     if w.guard_fd >= 0:

@@ -132,6 +132,7 @@ cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept
     pthread_mutex_lock(&w.guard_lock)
     if freeze:
         u32_store_seq(&w.frozen, 1)
+        w.passed = 0
     for i in range(w.nparts):
         r = NULL
         if w.part[i].region_id:
@@ -142,7 +143,10 @@ cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept
             if freeze:
                 u32_store_seq(&r.frozen, 1)
                 settle(r.engine)            # who did not see it has told by then what it made writable
-        err = protect_all(w, &w.part[i], r) if first else collect(w, &w.part[i], r, found)
+        if w.part[i].passed:
+            err = source_disarm(w, &w.part[i], r) if freeze else 0
+        else:
+            err = protect_all(w, &w.part[i], r) if first else collect(w, &w.part[i], r, found)
         if freeze and r == NULL and err == 0 and not w.part[i].whole:
             keep_edges(&w.part[i])
         if r != NULL:
@@ -151,6 +155,36 @@ cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept
             break
     pthread_mutex_unlock(&w.guard_lock)
     return err
+
+
+cdef int source_disarm(Wire_t *w, Part_t *p, Region_t *r) noexcept nogil:
+    """A region whose file the destination shares: here it is not mapped any more, every touch waits, and what is in the
+    file need not travel. 0 or -errno."""
+    cdef uint64_t b = 0, last = 0
+    cdef uint32_t state
+    memset(p.there, 0, (p.blocks + 63) / 64 * 8)
+    p.away = wire_disarm(r.base, r.span)
+    if p.away == NULL:
+        return -ENOTSUP
+    while next_known(r, &b, &last):
+        while b < last:
+            state = u32_load(&r.state[b]) & STATE_MASK
+            if state == CLEAN or state == DIRTY or state == POOLED or state == POOLED_DIRTY:
+                bit_set(p.there, b)
+                bit_take(p.todo, b)
+                w.passed += part_bytes(p, b, 1)
+            b += 1
+    return 0
+
+
+cdef void rearm(Part_t *p, Region_t *r) noexcept nogil:
+    """It was not handed over: its pages are mapped again as they are touched."""
+    cdef uint64_t i
+    if p.away != NULL:
+        munmap(p.away, r.span)
+        p.away = NULL
+    for i in range((p.blocks + 63) / 64):
+        u64_or(&p.todo[i], p.there[i])
 
 
 cdef void keep_edges(Part_t *p) noexcept nogil:
@@ -173,6 +207,8 @@ cdef void source_thaw(Wire_t *w) noexcept nogil:
             r = region_acquire(w.part[i].region_id)
             if r == NULL:
                 continue
+            if w.part[i].passed:
+                rearm(&w.part[i], r)
             u32_store_seq(&r.frozen, 0)
             futex_wake_all(&r.frozen)
             if not r.is_inline:
@@ -397,7 +433,7 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late) noexcept nogil:
     cdef uint64_t b = w.at_block, first, rate
     while turns <= w.nparts:
         p = &w.part[i]
-        b = wire_next_bit(p.todo, b, p.blocks)
+        b = wire_next_bit(p.todo, b, p.blocks) if late or not p.passed else p.blocks
         if b < p.blocks:
             break
         i = (i + 1) % w.nparts
@@ -592,14 +628,23 @@ cdef int source_drain(Wire_t *w, uint64_t deadline) noexcept nogil:
 
 cdef int tell_dirty(Wire_t *w) noexcept nogil:
     """What is to be sent still: the destination drops what it has of it."""
+    return tell_bits(w, W_DIRTY) if w.blocks[M_PRECOPY] or w.blocks[M_ZERO] else 0
+
+
+cdef int tell_bits(Wire_t *w, uint32_t kind) noexcept nogil:
+    """W_DIRTY of all parts, or W_PASS of those that are passed: a bit per block. 0 or -errno."""
     cdef uint32_t i
     cdef uint64_t at, n
+    cdef uint64_t *bits
     cdef int err = 0
-    for i in range(w.nparts if w.blocks[M_PRECOPY] or w.blocks[M_ZERO] else 0):
+    for i in range(w.nparts):
+        if kind == W_PASS and not w.part[i].passed:
+            continue
+        bits = w.part[i].there if kind == W_PASS else w.part[i].todo
         at = 0
         while at * 64 < w.part[i].blocks and err == 0:
             n = u64_min((w.part[i].blocks + 63) / 64 - at, WIRE_RUN / 8)
-            err = wire_say(w, W_DIRTY, i, at * 64, 0, 0, &w.part[i].todo[at], n * 8)
+            err = wire_say(w, kind, i, at * 64, 0, 0, &bits[at], n * 8)
             at += n
     return err
 
@@ -630,6 +675,8 @@ cdef int source_switchover(Wire_t *w, const char *state, uint64_t nbytes, uint64
         w.stopped_ns = now_ns()
     if err == 0:
         err = tell_dirty(w)
+    if err == 0:
+        err = tell_bits(w, W_PASS)
     if err == 0:
         err = wire_say(w, W_PREPARE, 0, 0, 0, nbytes, state, nbytes)
     if err == 0:

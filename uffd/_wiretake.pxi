@@ -10,7 +10,14 @@ cdef uint64_t SPREAD = <uint64_t>0x9E3779B9 << 32 | 0x7F4A7C15      # the golden
 # ---- the destination: what fills ask ------------------------------------------------------------------------------
 
 cdef inline bint wire_pending(Region_t *r, uint64_t b) noexcept nogil:
-    return r.part != NULL and not r.part.wire.source and bit_of(r.part.todo, b)
+    """Whether the block has yet to come; or has gone: of a source's region whose file was passed on."""
+    if r.part == NULL:
+        return False
+    return wire_gone(r) if r.part.wire.source else bit_of(r.part.todo, b)
+
+
+cdef inline bint wire_gone(Region_t *r) noexcept nogil:
+    return r.part != NULL and u32_load(&r.frozen) and r.part.passed
 
 
 cdef uint32_t wire_spare(Slot *s, Region_t *r, uint64_t b, uint32_t n) noexcept nogil:
@@ -19,7 +26,13 @@ cdef uint32_t wire_spare(Slot *s, Region_t *r, uint64_t b, uint32_t n) noexcept 
     one."""
     cdef Part_t *p = r.part
     cdef uint32_t k = 0, word
-    if p.wire.source or s.index >= WIRE_SLOT:
+    if s.index >= WIRE_SLOT:
+        return n
+    if p.wire.source:
+        while wire_gone(r):                 # its pages are another process's: whoever touches one waits
+            word = u32_load(&r.state[b])
+            if word & STATE_MASK != MISSING or word & WAITERS or u32_cas(&r.state[b], word, word | WAITERS):
+                return 0
         return n
     while k < n and not bit_of(p.todo, b + k):
         k += 1
@@ -320,7 +333,7 @@ cdef void finish_arrival(Wire_t *w) noexcept nogil:
 
 cdef int take_word(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffer) noexcept nogil:
     cdef int err = 0
-    if h.kind == W_DIRTY:
+    if h.kind == W_DIRTY or h.kind == W_PASS:
         return take_dirty(w, fd, h, epoch, buffer)
     if h.kind == W_PREPARE:
         return take_prepare(w, fd, h, epoch)
@@ -342,6 +355,7 @@ cdef int take_word(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffer
 
 cdef int start_here(Wire_t *w, uint32_t event) noexcept nogil:
     """From here on this side has the memory."""
+    take_passed(w)
     w.resumed_ns = now_ns()
     if not wire_step(w, event):
         return -EPROTO
@@ -388,6 +402,11 @@ cdef int take_dirty(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffe
     err = wire_take(w, fd, buffer, h.nbytes, epoch, True)
     if err != 0:
         return err
+    if h.kind == W_PASS:
+        if not p.passed:
+            return -EPROTO
+        memcpy(&p.there[h.block / 64], buffer, h.nbytes)
+        return 0
     r = region_acquire(p.region_id)
     n = u64_min(h.nbytes * 8, p.blocks - h.block)
     b = wire_next_bit(bits, 0, n)
@@ -397,6 +416,34 @@ cdef int take_dirty(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffe
     if r != NULL:
         region_release(r)
     return err
+
+
+cdef void take_passed(Wire_t *w) noexcept nogil:
+    """At the hand-over: what the shared files hold is here, not mapped yet, like a block that was taken out."""
+    cdef uint32_t i, word
+    cdef uint64_t b, n
+    cdef Part_t *p
+    cdef Region_t *r
+    for i in range(w.nparts):
+        p = &w.part[i]
+        r = region_acquire(p.region_id) if p.passed else NULL
+        if r == NULL:
+            continue
+        b = wire_next_bit(p.there, 0, p.blocks)
+        while b < p.blocks:
+            n = 0
+            while b + n < p.blocks and n < MAX_RUN and bit_of(p.there, b + n) and bit_take(p.todo, b + n):
+                r.known[(b + n) * 4 / PAGE] = 1
+                word = u32_load(&r.state[b + n])
+                u32_store(&r.state[b + n], word & ~<uint32_t>STATE_MASK | POOLED_DIRTY)     # nobody else has it yet
+                n += 1
+            if n:
+                u64_add(&w.left, -n)
+                u64_add(&w.passed, part_bytes(p, b, n))
+                u64_add(&r.engine.used, run_span(r, b, n))
+                note_put(r, b, <uint32_t>n, NOTE_AHEAD)
+            b = wire_next_bit(p.there, b + (n if n else 1), p.blocks)
+        region_release(r)
 
 
 cdef int drop_arrived(Wire_t *w, Part_t *p, Region_t *r, uint64_t b) noexcept nogil:
@@ -424,6 +471,8 @@ cdef int take_resume(Wire_t *w, wire_head *h) noexcept nogil:
     cdef bint running = phase == PH_RECOVERING_LATE or phase == PH_COMPLETED
     if running and not h.extra:
         return -EPROTO                      # it can't be: only COMMIT let us run
+    if h.extra and not running:
+        take_passed(w)
     for i in range(w.nparts):
         at = 0
         while at * 64 < w.part[i].blocks and err == 0:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,10 @@ class Arrival:
 
     def report(self) -> Report:
         """What has happened so far."""
-        return Report.of(self._wire.figures(), side="destination", phase=self._phase, began_ns=self._began_ns,
-                         now_ns=time.monotonic_ns(), setup_ns=self._setup_ns)
+        figures = self._wire.figures()
+        return Report.of(figures, side="destination", phase=self._phase, began_ns=self._began_ns,
+                         now_ns=time.monotonic_ns(), setup_ns=self._setup_ns,
+                         bytes_passed=figures["bytes_passed"])
 
     def close(self) -> None:
         """Ends the migration. What has not come by now never will: a touch of it is SIGBUS. Arrays stay; idempotent."""
@@ -190,6 +193,12 @@ class Arrival:
             if kind is None and self.status is not Status.FAILED:
                 self.wait()
         finally:
+            self.close()
+
+    def __del__(self) -> None:
+        if not self.__dict__.get("_ended", True) and os.getpid() == self._pid:
+            if not self._phase >= _states.Phase.COMPLETED:
+                warnings.warn(f"{self!r} was dropped before its end", ResourceWarning, source=self)
             self.close()
 
     def __repr__(self) -> str:
@@ -235,10 +244,17 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate, 
             layout = _frames.layout(offer, page_bytes=_core.PAGE_BYTES)
             if _frames.text(offer, "byteorder") != sys.byteorder:
                 raise MigrationError(f"migration refused: this machine is {sys.byteorder}-endian, and the source not")
+            passed = _passed(offer, layout)
+            files = {i: _file(ask, layout.parts[i].nbytes) for i in passed}
             for i, part in enumerate(layout.parts):
-                regions.append(_Arriving(part.nbytes, None, engine=engine, name=f"migrated {i}", mode="c",
-                                         block_bytes=part.block_bytes, backing=part.backing, readahead_bytes=0))
+                region = _Arriving.__new__(_Arriving, engine=engine)
+                region._memfd = files.get(i, -1)
+                region.__init__(part.nbytes, None, engine=engine, name=f"migrated {i}", mode="c",     # type: ignore[misc]
+                                block_bytes=part.block_bytes, backing=part.backing, readahead_bytes=0)
+                regions.append(region)
             wire = _core.Wire(False, _states.encoded("destination"), list(regions), 0)
+            for i in passed:
+                wire.passes(i)
             wire.listen(migration.encode(), gate.again.fileno())
             frames.send("accepted", deadline_s=deadline_s)
             for one in (push, ask):
@@ -253,6 +269,26 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate, 
         for region in regions:
             region._wire = wire
     return Arrival(wire, regions, layout, began_ns)
+
+
+def _passed(offer: dict[str, Any], layout: _frames.Layout) -> list[int]:
+    """The parts whose files come along, as the source says."""
+    passed = offer.get("passed")
+    if not isinstance(passed, list) or not all(
+            type(i) is int and 0 <= i < len(layout.parts) and layout.parts[i].backing == "shared" for i in passed):
+        raise MigrationError("migration refused: the source passes files of memory that it does not describe")
+    return sorted(set(passed))
+
+
+def _file(ask: socket.socket, nbytes: int) -> int:
+    """The descriptor of a part's file, of at least its size."""
+    data, fds, _, _ = socket.recv_fds(ask, 1, 1)
+    if data != b"f" or len(fds) != 1 or os.fstat(fds[0]).st_size < nbytes:
+        for fd in fds:
+            os.close(fd)
+        raise MigrationError("migration refused: no descriptor came for a region with shared backing, or not of its "
+                             "memory; is something between the two that passes bytes only? Then go by tcp://")
+    return fds[0]
 
 
 def _refuse(frames: _frames.Frames, error: BaseException) -> None:

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,17 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
     push, ask = _pair(address, secret, "new", migration, deadline_s)
     try:
         frames = _frames.Frames(ask)
-        frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, **_frames.described(layout))
+        files = _files(memory) if address.path else {}
+        try:
+            for i in files:
+                wire.passes(i)
+            frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, passed=list(files),
+                        **_frames.described(layout))
+            for fd in files.values():
+                socket.send_fds(ask, [b"f"], [fd])
+        finally:
+            for fd in files.values():
+                os.close(fd)
         answer = frames.receive("accepted", "refused", deadline_s=deadline_s)
         if answer["type"] == "refused":
             raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=4096))
@@ -164,8 +175,10 @@ class Outgoing:
 
     def report(self) -> Report:
         """What has happened so far."""
-        return Report.of(self._wire.figures(), side="source", phase=self._phase, began_ns=self._began_ns,
-                         now_ns=time.monotonic_ns(), setup_ns=self._setup_ns)
+        figures = self._wire.figures()
+        return Report.of(figures, side="source", phase=self._phase, began_ns=self._began_ns,
+                         now_ns=time.monotonic_ns(), setup_ns=self._setup_ns,
+                         bytes_passed=figures["bytes_passed"])
 
     def done(self) -> bool:
         """Whether nothing more will happen: completed, cancelled or failed."""
@@ -229,6 +242,12 @@ class Outgoing:
         finally:
             self.close()
 
+    def __del__(self) -> None:
+        if not self.__dict__.get("_ended", True) and os.getpid() == self._pid:
+            if not self.done():
+                warnings.warn(f"{self!r} was dropped before its end", ResourceWarning, source=self)
+            self.close()
+
     def __repr__(self) -> str:
         return f"<uffd.migrate.Outgoing to {self._address}: {self.status.name}>"
 
@@ -258,6 +277,12 @@ def _pair(address: _urls.Address, key: bytes | None, what: str, migration: str,
             one.close()
         raise
     return made[0], made[1]
+
+
+def _files(memory: list[Any]) -> dict[int, int]:
+    """Of each part that is a region with shared backing: a descriptor of its file, for a destination on this machine."""
+    found = {i: one._memory_fd() for i, one in enumerate(memory) if isinstance(one, regions.Region)}
+    return {i: fd for i, fd in found.items() if fd is not None}
 
 
 def _rate(bytes_per_s: float | None) -> int:
