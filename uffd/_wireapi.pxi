@@ -179,9 +179,10 @@ cdef class Wire:
         cdef Wire_t *w = self.w
         cdef bint done
         with nogil:
-            if u32_load(&w.connected):
-                wire_say(w, W_LOST if w.source else W_GAVE_UP, 0, 0, 0, 0, NULL, 0)
-            done = give_verdict(w, number)
+            done = give_verdict(w, number)  # first: until then COMMIT may be read, and this side run
+            if done and u32_load(&w.connected):
+                wire_say(w, W_LOST if w.source else W_GAVE_UP if u32_load(&w.phase) == PH_FAILED_SOURCE else W_ENDED,
+                         0, 0, 0, 0, NULL, 0)
             if done and w.source and u32_load(&w.phase) == PH_FAILED_SOURCE:
                 source_thaw(w)
         return bool(done)

@@ -527,6 +527,13 @@ cdef int take_answer(Wire_t *w, wire_head *h, uint32_t epoch, char *buffer) noex
         return resumed(w, h.extra != 0)
     if h.kind == W_DONE:
         return handed_over(w)
+    if h.kind == W_ENDED:                   # it runs, and wants no more: that it runs may not have been heard
+        if u32_load(&w.phase) == PH_DOUBT:
+            wire_step(w, EV_STARTED)
+        elif u32_load(&w.phase) == PH_RECOVERING_DOUBT:
+            wire_step(w, EV_RESUMED_LATE)
+        give_verdict(w, ENOTRECOVERABLE)
+        return -ENOTCONN
     if h.kind == W_GAVE_UP:
         u32_store(&w.ready, 2)
         if wire_step(w, EV_GIVEN_UP) or wire_step(w, EV_CANCEL):
