@@ -1,7 +1,6 @@
 """A proxy between source and destination that cuts, resets, silences, changes bytes: wherever it does, the migration is
 recovered and every byte is right, or it ends with a verdict; no touch hangs, none sees zeros."""
 
-import pytest
 from support.scripts import run_script
 
 START = "from support.migration import *\nfrom support.proxy import Proxy, Rule\n"
