@@ -55,7 +55,11 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
     deadline_s = time.monotonic() + CONNECT_S
     began_ns = time.monotonic_ns()
     wire = _core.Wire(True, _states.encoded("source"), memory, BLOCK_BYTES)
-    push, ask = _pair(address, secret, "new", migration, deadline_s)
+    try:
+        push, ask = _pair(address, secret, "new", migration, deadline_s)
+    except BaseException:
+        wire.end()                               # or its regions would be of this migration for ever
+        raise
     try:
         frames = _frames.Frames(ask)
         files = _files(memory) if address.path else {}
