@@ -142,3 +142,139 @@ ended(pid)
 os._exit(0)
 """, 60 + 2 * stress_seconds())
     print(result.stdout)
+
+
+def test_a_region_whose_connection_failed_can_be_tried_again():
+    script("""
+import socket
+a = uffd.zeros(100000, np.int64)
+a[:] = 7
+def destination(incoming):
+    arrival = incoming.accept(20)
+    assert (arrival.arrays["0"] == 8).all()
+    arrival.wait(20)
+    arrival.close()
+pid, url = start(destination, key=b"k")
+with socket.socket() as nobody:
+    nobody.bind(("127.0.0.1", 0))
+    for where, key in ((f"tcp://127.0.0.1:{nobody.getsockname()[1]}", None), (url, None), (url, b"wrong")):
+        try:
+            migrate.connect(where, [a], key=key)
+            raise AssertionError("who let it in?")
+        except (OSError, uffd.MigrationError):
+            pass
+a[:] = 8
+with migrate.connect(url, [a], key=b"k") as outgoing:
+    outgoing.switchover()
+    outgoing.wait(20)
+assert ended(pid) == 0
+""")
+
+
+# Frames as the core's parsers take them, and others: kinds of both sides, and none; counts, blocks and lengths that are
+# right, at their bounds, and beyond. Behind some comes what their length says, behind others nothing.
+FRAMES = """
+import random, struct
+from uffd.migrate import _auth, _frames, _outgoing, _urls
+seed = os.environ.get("UFFD_SEED", "1")
+rng = random.Random(seed)
+EDGES = (0, 1, 2, 3, 63, 64, 65535, 65536, 65537, 2**31, 2**32 - 1)
+def frame():
+    kind = rng.choice((*range(0, 11), *range(30, 44), 2**32 - 1))
+    part = rng.choice((0, 0, 0, 1, 2**32 - 1))
+    block = rng.choice((0, 1, 2, 3, 63, 64, 128, 2**40, 2**63, 2**64 - 1))
+    count = rng.choice((0, 1, 1, 2, 3, 4, 2**32 - 1))
+    nbytes = rng.choice((0, 0, 8, 65536, 65536, 131072, *EDGES))
+    extra = rng.choice((0, 0, 1, 8, 2**26, 2**40, 2**64 - 1))
+    body = rng.randbytes(min(nbytes, 140000)) if rng.random() < 0.7 else b""
+    return struct.pack("=IIQIIQ", kind, part, block, count, nbytes, extra) + body
+def garbage(connection):
+    connection.settimeout(1)
+    try:
+        for _ in range(rng.randrange(1, 6)):
+            connection.sendall(frame() if rng.random() < 0.9 else rng.randbytes(rng.randrange(1, 100)))
+    except OSError:
+        pass                                # it was refused by now
+def deadline():
+    return time.monotonic() + 10
+"""
+
+
+def test_a_hostile_source_against_the_destinations_parser():
+    """Goal: whatever somebody sends who even has the key, the destination refuses it, or takes blocks into memory that
+    is that migration's; it neither dies nor hangs, and the next migration is served. Fuzzed, by a seed."""
+    script(FRAMES + """
+def destination(incoming):
+    import resource
+    while True:
+        try:
+            arrival = incoming.accept(60)
+        except uffd.MigrationError:
+            continue
+        if "real" in arrival.arrays:
+            assert (arrival.arrays["real"] == 5).all()
+            arrival.wait(20)
+            arrival.close()
+            return
+        arrival.close()
+pid, url = start(destination)
+address = _urls.parse(url)
+layout = _frames.described(_frames.Layout((_frames.Part(3 * 65536 + 8, 65536, "anon"),),
+                                          (_frames.Array("x", 0, 0, np.dtype("u1"), (1000,), "C"),)))
+ends_at, done = time.monotonic() + 0.6 * stress_seconds(), 0
+while time.monotonic() < ends_at:
+    push, ask = _outgoing._pair(address, None, "new", f"{rng.getrandbits(128):032x}", deadline())
+    with push, ask:
+        frames = _frames.Frames(ask)
+        frames.send("offer", deadline_s=deadline(), byteorder=sys.byteorder, passed=[], **layout)
+        frames.receive("accepted", deadline_s=deadline())
+        for connection in rng.choice(((push,), (ask,), (push, ask), (ask, push))):
+            garbage(connection)
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), f"seed {seed}: the destination died"
+    done += 1
+with migrate.connect(url, {"real": np.full(100000, 5)}) as outgoing:
+    outgoing.switchover()
+    outgoing.wait(20)
+assert ended(pid) == 0
+assert done > 5, done
+""", 40 + 2 * stress_seconds())
+
+
+def test_a_hostile_destination_against_the_sources_parser():
+    """Goal: the same from the other side: the source's memory stays its own, until it has said COMMIT."""
+    script(FRAMES + """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+def serve():
+    while True:
+        both = {}
+        while len(both) < 2:
+            connection, _ = listener.accept()
+            peer = _auth.answer(connection, None, deadline_s=deadline())
+            both[peer.purpose.rpartition(b":")[2]] = connection
+        frames = _frames.Frames(both[b"ask"])
+        frames.receive("offer", deadline_s=deadline())
+        frames.send("accepted", deadline_s=deadline())
+        for which in rng.choice(((b"push",), (b"ask",), (b"push", b"ask"))):
+            garbage(both[which])
+        for connection in both.values():
+            connection.close()
+threading.Thread(target=serve, daemon=True).start()
+ends_at, done, ends = time.monotonic() + 0.6 * stress_seconds(), 0, set()
+while time.monotonic() < ends_at:
+    a = uffd.zeros(3 * 8192 + 1, np.int64)
+    outgoing = migrate.connect(url, [a])
+    try:
+        if rng.random() < 0.5:
+            outgoing.precopy(timeout_s=5)
+        outgoing.switchover(b"s")
+    except (uffd.MigrationError, TimeoutError) as error:
+        ends.add(getattr(error, "owner", "source"))
+    outgoing.close()
+    if outgoing._owner == "source":
+        a[:] = 1                            # it is written to as before
+    done += 1
+assert done > 5 and "source" in ends, (done, ends)
+os._exit(0)
+""", 40 + 2 * stress_seconds())
