@@ -345,6 +345,7 @@ include "_hostwrite.pxi"
 include "_wire.pxi"
 include "_wiretake.pxi"
 include "_wireread.pxi"
+include "_wireguard.pxi"
 include "_wiresend.pxi"
 include "_wireapi.pxi"
 

@@ -150,7 +150,8 @@ cdef void publish_as(Region_t *r, uint64_t b, uint64_t n, uint32_t state, uint32
 cdef void publish_same(Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
     """A block that was only read returns to the state it had."""
     cdef uint32_t old = u32_load(&r.state[b])
-    old = u32_swap(&r.state[b], state | (old >> GENERATION_SHIFT << GENERATION_SHIFT) | old & (STICKY | FROM_PARENT | KEPT))
+    old = u32_swap(&r.state[b], state | (old >> GENERATION_SHIFT << GENERATION_SHIFT)
+                   | old & (STICKY | FROM_PARENT | KEPT))
     if old & WAITERS:
         futex_wake_all(&r.state[b])
         if not r.is_inline:

@@ -137,8 +137,8 @@ static inline int wire_is_zero(const char *p, size_t n)
     return first == 0 && memcmp(p, p + 8, n - 8) == 0;
 }
 
-/* Moves the pages of a mapping that a userfaultfd watches to another address, all page tables at once, whatever its size.
-   The mapping stays, empty and watched, so that every access to it faults. NULL: not possible (Linux before 5.13). */
+/* Moves the pages of a mapping that a userfaultfd watches to another address, whole page tables at once. The mapping
+   stays, empty and watched, so that every access to it faults. NULL: not possible (Linux before 5.13). */
 static inline char *wire_disarm(char *start, uint64_t len)
 {
     void *away = mremap(start, len, len, MREMAP_MAYMOVE | 4 /* MREMAP_DONTUNMAP */, NULL);

@@ -30,7 +30,7 @@ cdef extern from "_wire.h" nogil:
     int EPROTO, ENOTCONN, ENOTRECOVERABLE
 
 cdef enum:
-    WIRE_PARTS = 4096               # arrays of one migration
+    WIRE_PARTS = 1 << 12             # arrays of one migration
     WIRE_RUN = 512 * 1024           # bytes of one frame, where a block is not larger
     WIRE_STATE = 64 << 20           # bytes of state that travel at the switchover, at the most
     WIRE_EVENTS = 512               # of the time line; later ones are not kept
@@ -69,7 +69,7 @@ cdef struct Part_t:                 # an array's memory, on either side
     uint64_t *todo                  # source: to be sent. Destination: has yet to come
     uint64_t *dirty                 # source: written since its protection was last set. Destination: asked for
     bint passed                     # its file is shared by both sides: what is in that does not travel
-    uint64_t *there                 # of such a part: blocks that are in the file. Destination: from the word of the source
+    uint64_t *there                 # of such a part: blocks that are in the file
     char *away                      # source: where its pages are mapped once it was disarmed
     uint64_t guarded                # source, not ours: address and bytes of its whole pages, which are protected
     uint64_t guarded_bytes
@@ -190,7 +190,7 @@ cdef void wire_tell(Wire_t *w) noexcept nogil:
 
 
 cdef bint wire_enter(Wire_t *w, uint32_t *epoch) noexcept nogil:
-    """Waits for a connection that was not used by this thread yet, and is then one of its users. False: it is to end."""
+    """Waits for a connection that this thread did not use yet, and is then one of its users. False: it is to end."""
     cdef uint32_t turn
     while True:
         turn = u32_load(&w.turn)
@@ -213,7 +213,7 @@ cdef void wire_leave(Wire_t *w) noexcept nogil:
 
 
 cdef void wire_break(Wire_t *w, uint32_t epoch, int err) noexcept nogil:
-    """The connection of that epoch is over, whoever noticed: both sockets are shut down, and the migration is paused."""
+    """The connection of that epoch is over, whoever noticed: both sockets are shut down, the migration is paused."""
     cdef bint paused = False
     pthread_mutex_lock(&w.lock)
     if w.connected and w.epoch == epoch:

@@ -320,7 +320,7 @@ cdef void _find_guarded(Part_t *p) noexcept:
     cdef uint64_t start = <uint64_t>p.base, end = start + p.nbytes, chunk
     if start & (PAGE - 1) == 16:
         chunk = (<uint64_t *>(p.base - 8))[0]
-        if chunk & 7 == 2 and (chunk & ~<uint64_t>7) & (PAGE - 1) == 0 and end <= start - 16 + chunk - 2 < end + 2 * PAGE:
+        if chunk & (PAGE - 1) == 2 and end <= start - 16 + chunk - 2 < end + 2 * PAGE:     # 2: mapped by itself
             p.guarded = start - 16
             p.guarded_bytes = chunk - 2
             p.whole = True

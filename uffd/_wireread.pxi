@@ -1,7 +1,7 @@
 # Migration, the source's side: a block's bytes, wherever they are.
 #
-# Uses:     _wire.pxi; claims of _fill.pxi, slots and torn copies of _evict.pxi, the spill file of _store.pxi, requests of
-#           _hosted.pxi
+# Uses:     _wire.pxi; claims of _fill.pxi, slots and torn copies of _evict.pxi, the spill file of _store.pxi, requests
+#           of _hosted.pxi
 # Provides: source_read
 #
 # A block is read where it is: in the region, in the pool, in the spill file, or at its provider, and does not become
@@ -9,7 +9,7 @@
 
 
 cdef int source_read(Wire_t *w, Part_t *p, uint64_t b, uint64_t n, char *buffer, const char **data) noexcept nogil:
-    """The bytes of blocks [b, b + n) at *data: in place, or in the buffer. 0; -errno of the first that can't be read."""
+    """The bytes of blocks [b, b + n) at *data: in place, or in the buffer. 0, or -errno of one that can't be read."""
     cdef Region_t *r
     cdef uint64_t i
     cdef int err = 0

@@ -1,8 +1,8 @@
 # Migration, the destination's side: blocks that come by a socket into regions.
 #
 # Uses:     _wire.pxi; the fills of _fill.pxi, room of _room.pxi, discard of _evict.pxi
-# Provides: wire_spare, wire_error, wire_pending (asked by fills of a region that a migration brings); receive_push_main,
-#           receive_ask_main (its threads); give_verdict, say_paused, ask_again
+# Provides: wire_spare, wire_error, wire_pending (asked by fills of a region that a migration brings);
+#           receive_push_main, receive_ask_main, gate_main (its threads); give_verdict, say_paused, ask_again
 
 cdef uint64_t SPREAD = <uint64_t>0x9E3779B9 << 32 | 0x7F4A7C15      # the golden ratio: hashes block numbers
 
@@ -21,9 +21,9 @@ cdef inline bint wire_gone(Region_t *r) noexcept nogil:
 
 
 cdef uint32_t wire_spare(Slot *s, Region_t *r, uint64_t b, uint32_t n) noexcept nogil:
-    """How many of the blocks [b, b + n) may be filled from elsewhere than the wire. 0: the first has yet to come; it was
-    asked for, and whoever waits for it is woken when it is there. What will never come is for the fill to say, one by
-    one."""
+    """How many of the blocks [b, b + n) may be filled from elsewhere than the wire. 0: the first has yet to come; it
+    was asked for, and whoever waits for it is woken when it is there. What will never come is for the fill to say, one
+    by one."""
     cdef Part_t *p = r.part
     cdef uint32_t k = 0, word
     if s.index >= WIRE_SLOT:

@@ -1,8 +1,9 @@
 """The destination's door, a process of its own: it listens, and hands over the connections that have shown the key.
 
-While a program waits for a block that has yet to come, it may hold the interpreter lock, and it waits for as long as the
-connection is broken: nothing in that process could say hello to a source that comes back. So the hellos are said here.
-Of a new migration both connections go to Incoming, in Python; of one that is taken up again, to a thread of the core.
+While a program waits for a block that has yet to come, it may hold the interpreter lock, and it waits for as long as
+the connection is broken: nothing in that process could say hello to a source that comes back. So the hellos are said
+here. Of a new migration both connections go to Incoming, in Python; of one that is taken up again, to a thread of the
+core.
 
 `Gate` is the parent's side, `main` what the process runs. It ends with the parent: its sockets are the parent's ends.
 """
@@ -31,7 +32,7 @@ __all__ = ["Gate", "purpose"]
 START_S = 30.0
 PAIR_S = 10.0                       # a connection whose other half does not come is closed
 _PURPOSE = re.compile(rb"(new|again):([0-9a-f]{32}):(push|ask)")
-_MESSAGE_BYTES = 4096
+_MESSAGE_BYTES = 1 << 12
 
 
 def purpose(what: str, migration: str, which: str) -> bytes:

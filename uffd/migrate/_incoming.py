@@ -214,7 +214,7 @@ class Arrival:
     def _error(self, what: str) -> MigrationError:
         owner = _states.owner_of("destination", self._phase)
         who = {"source": "the source has the memory",
-               "destination": f"the memory is here, without {self._wire.left} blocks, a touch of which is SIGBUS"}[owner]
+               "destination": f"the memory is here, without {self._wire.left} blocks; a touch of one is SIGBUS"}[owner]
         why = f" ({os.strerror(self._wire.last_error)})" if self._wire.last_error else ""
         return MigrationError(f"{what}{why}: {who}", owner=owner)
 
@@ -223,6 +223,15 @@ class _Arriving(Region):
     """A region whose blocks a migration brings: what is to be populated is asked for, and waited for here."""
 
     _wire: Any = None
+
+    @classmethod
+    def over(cls, part: _frames.Part, engine: Engine | None, name: str, memfd: int) -> _Arriving:
+        """memfd: of the file that its pages are in already, taken over; -1: none."""
+        region = cls.__new__(cls, engine=engine)
+        region._memfd = memfd
+        cls.__init__(region, part.nbytes, None, engine=engine, name=name, mode="c", block_bytes=part.block_bytes,
+                     backing=part.backing, readahead_bytes=0)
+        return region
 
     def _bring_in(self, runs: np.ndarray, timeout_s: float | None) -> None:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -233,7 +242,8 @@ class _Arriving(Region):
         super()._bring_in(runs, None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
 
 
-def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate, engine: Engine | None) -> Arrival | None:
+def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
+           engine: Engine | None) -> Arrival | None:
     """Agrees with a source that has shown the key, and makes the memory. None: it went away, or was refused."""
     began_ns, deadline_s = time.monotonic_ns(), time.monotonic() + SETUP_S
     regions: list[Region] = []
@@ -246,12 +256,8 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate, 
                 raise MigrationError(f"migration refused: this machine is {sys.byteorder}-endian, and the source not")
             passed = _passed(offer, layout)
             files = {i: _file(ask, layout.parts[i].nbytes) for i in passed}
-            for i, part in enumerate(layout.parts):
-                region = _Arriving.__new__(_Arriving, engine=engine)
-                region._memfd = files.get(i, -1)
-                region.__init__(part.nbytes, None, engine=engine, name=f"migrated {i}", mode="c",     # type: ignore[misc]
-                                block_bytes=part.block_bytes, backing=part.backing, readahead_bytes=0)
-                regions.append(region)
+            regions += [_Arriving.over(part, engine, f"migrated {i}", files.pop(i, -1))
+                        for i, part in enumerate(layout.parts)]
             wire = _core.Wire(False, _states.encoded("destination"), list(regions), 0)
             for i in passed:
                 wire.passes(i)

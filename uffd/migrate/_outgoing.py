@@ -75,7 +75,7 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
                 os.close(fd)
         answer = frames.receive("accepted", "refused", deadline_s=deadline_s)
         if answer["type"] == "refused":
-            raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=4096))
+            raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=1 << 12))
         wire.limit(_rate(precopy_bytes_per_s), _rate(postcopy_bytes_per_s))
         wire.start(bool(release))
     except BaseException:
@@ -284,7 +284,7 @@ def _pair(address: _urls.Address, key: bytes | None, what: str, migration: str,
 
 
 def _files(memory: list[Any]) -> dict[int, int]:
-    """Of each part that is a region with shared backing: a descriptor of its file, for a destination on this machine."""
+    """Of each part with shared backing: a descriptor of its file, for a destination on this machine."""
     found = {i: one._memory_fd() for i, one in enumerate(memory) if isinstance(one, regions.Region)}
     return {i: fd for i, fd in found.items() if fd is not None}
 
