@@ -200,6 +200,7 @@ MAY_ALLOCATE = {
     "push_main": "the same",
     "answer_main": "the same",
     "take_prepare": "a migration's own thread, before the hand-over",
+    "give_back": "memory that was handed over, which no program touches any more",
     "rearm": "a migration's hand-over failed, and its file is mapped by this process alone again",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }

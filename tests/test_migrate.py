@@ -254,6 +254,40 @@ os._exit(0)
 """)
 
 
+def test_release():
+    """Goal: memory that has arrived is given back at the source, of both kinds; touching it there is a signal, and never
+    zeros; a break in between loses nothing."""
+    script("""
+N = 16 << 20
+def destination(incoming):
+    arrival = incoming.accept(20)
+    arrival.wait(20)
+    assert all((one == filled(N)).all() for one in arrival.arrays.values())
+    arrival.close()
+pid, url = start(destination)
+a, r = filled(N), uffd.zeros(N // 8, np.int64)
+r[:] = filled(N)
+before = leaks.rss_bytes()
+with migrate.connect(url, [a, r], release=True, postcopy_bytes_per_s=200e6) as outgoing:
+    outgoing.switchover()
+    time.sleep(0.03)
+    outgoing.pause()
+    outgoing.recover()
+    outgoing.wait(20)
+    status_is(outgoing, "COMPLETED")
+    wait_until(lambda: before - leaks.rss_bytes() > 1.8 * N, "memory given back", 10)
+assert uffd.region_of(r).resident().sum() == 0
+for one in (a, r):
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        one[N // 16]
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
+assert ended(pid) == 0
+""")
+
+
 def test_keys():
     """Goal: only who has the key moves memory; others disturb nobody."""
     script("""

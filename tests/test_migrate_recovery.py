@@ -158,7 +158,7 @@ assert ended(pid) == 0
 
 
 def test_recovery_that_fails_and_the_next_that_does_not():
-    """Goal: nobody at the other end, a hello that is cut off, a connection cut right after it: paused again each time."""
+    """Goal: nobody at the other end, a hello that is cut off, one cut right after it: paused again each time."""
     script("""
 import socket
 N = 8 << 20

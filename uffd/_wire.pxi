@@ -69,7 +69,7 @@ cdef struct Part_t:                 # an array's memory, on either side
     uint64_t *todo                  # source: to be sent. Destination: has yet to come
     uint64_t *dirty                 # source: written since its protection was last set. Destination: asked for
     bint passed                     # its file is shared by both sides: what is in that does not travel
-    uint64_t *there                 # of such a part: blocks that are in the file
+    uint64_t *there                 # of such a part: blocks in the file. Of others, at the source: that were released
     char *away                      # source: where its pages are mapped once it was disarmed
     uint64_t guarded                # source, not ours: address and bytes of its whole pages, which are protected
     uint64_t guarded_bytes

@@ -346,6 +346,9 @@ cdef int _guard(Wire_t *w) noexcept:
         err = -ENOTSUP                      # the program's own system calls would fail there
     if err != 0:
         return err
+    if w.release and not has(UF_FEATURE_POISON):
+        return -ENOTSUP                     # what is gone would read as zeros
+    want |= UF_FEATURE_POISON if w.release else 0
     if has(UF_FEATURE_WP_UNPOPULATED):
         want |= UF_FEATURE_WP_UNPOPULATED
     w.guard_fd = uf_open(known_way)

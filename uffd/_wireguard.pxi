@@ -255,3 +255,54 @@ cdef void guard_look(Wire_t *w, uint64_t address) noexcept nogil:
     if protect_at(w.guard_fd, start, end - start, 0) != 0:
         uf_wake(w.guard_fd, at, PAGE)
     pthread_mutex_unlock(&w.guard_lock)
+
+
+cdef void source_release(Wire_t *w, uint32_t i, uint64_t b, uint64_t n) noexcept nogil:
+    """Blocks that the destination has are given back, each once; touching one here is SIGBUS, never zeros."""
+    cdef Part_t *p = &w.part[i]
+    cdef Region_t *r = NULL
+    cdef Slot *s = NULL
+    cdef uint64_t start, end, k
+    if p.passed:
+        return                              # its pages are the destination's
+    if p.region_id:
+        r = region_acquire(p.region_id)
+        if r == NULL:
+            return
+        s = wire_borrow(r.engine)
+    for k in range(b, b + n):
+        if bit_set(p.there, k):
+            continue
+        u64_add(&w.blocks[M_RELEASED], 1)
+        u64_add(&w.bytes[M_RELEASED], part_bytes(p, k, 1))
+        if r != NULL:
+            if discard_blocks(s, r, k, k + 1) == k + 1:
+                lose_block(s, r, k, -ENOTRECOVERABLE)
+            continue
+        start = page_round(<uint64_t>p.base + (k << p.shift))   # the first page may have malloc's header
+        end = (<uint64_t>p.base + (k << p.shift) + part_bytes(p, k, 1)) & ~(PAGE - 1)
+        if start < end:
+            give_back(w, start, end)
+    if r != NULL:
+        wire_return(r.engine, s)
+        region_release(r)
+
+
+cdef void give_back(Wire_t *w, uint64_t start, uint64_t end) noexcept nogil:
+    cdef int64_t done = 0
+    madvise(<void *>start, end - start, MADV_DONTNEED)
+    uf_poison(w.guard_fd, start, end - start, &done)
+
+
+cdef void source_release_all(Wire_t *w) noexcept nogil:
+    """At the end: what is left, and the pages that two blocks share."""
+    cdef Part_t *p
+    cdef uint32_t i
+    cdef uint64_t k, page
+    for i in range(w.nparts):
+        p = &w.part[i]
+        source_release(w, i, 0, p.blocks)
+        for k in range(p.blocks + 1 if p.region_id == 0 and p.guarded_bytes else 0):
+            page = u64_min(<uint64_t>p.base + (k << p.shift), <uint64_t>p.base + p.nbytes) & ~(PAGE - 1)
+            if <uint64_t>p.base <= page and page + PAGE <= <uint64_t>p.base + p.nbytes and page_present(<char *>page):
+                give_back(w, page, page + PAGE)

@@ -147,7 +147,7 @@ cdef int take_acks(Wire_t *w, int fd, bint wait) noexcept nogil:
     """Reads what the destination acknowledged; wait: at least once. 0 or -errno."""
     cdef wire_head head
     cdef size_t got = 0
-    cdef uint64_t now, ns, bytes
+    cdef uint64_t now, ns, bytes, k
     cdef int err
     while wait or wire_ready(fd, <short>POLLIN, 0) == 0:
         got = 0
@@ -159,6 +159,9 @@ cdef int take_acks(Wire_t *w, int fd, bint wait) noexcept nogil:
         bytes = 0
         while w.handed < head.extra:
             bytes += w.ring_bytes[w.handed & (FRAMES - 1)]
+            if w.release and u32_load(&w.phase) == PH_POSTCOPY:
+                k = w.handed & (FRAMES - 1)
+                source_release(w, w.ring_part[k], w.ring_block[k], w.ring_count[k])
             w.handed += 1
         w.acked += bytes
         now = now_ns()
@@ -342,6 +345,8 @@ cdef int resumed(Wire_t *w, bint running) noexcept nogil:
 cdef int handed_over(Wire_t *w) noexcept nogil:
     if not wire_step(w, EV_DONE):
         return -EPROTO
+    if w.release:
+        source_release_all(w)
     if u32_load(&w.killed):
         die_for_write()
     return -ENOTCONN                        # closed from here: the destination waits for that, so that DONE is not lost

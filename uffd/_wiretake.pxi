@@ -305,14 +305,22 @@ cdef int place_run_of(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint32_t mo
 cdef int place_bad(Wire_t *w, Part_t *p, Region_t *r, uint64_t b) noexcept nogil:
     """The source could not read the block: a touch of it fails here as it would have there."""
     cdef Slot *s = wire_borrow(r.engine)
-    if begin_run(s, r, b, 1, True, DEMAND, MISSING):
-        s.tries = 1
-        fail_run(s, r, -EIO)
-        phase_change(s, BUSY, IDLE)
-        u64_store(&s.since_ns, 0)
+    if lose_block(s, r, b, -EIO):
         part_clear(r, p, b)
     wire_return(r.engine, s)
     return 0
+
+
+cdef bint lose_block(Slot *s, Region_t *r, uint64_t b, int err) noexcept nogil:
+    """A missing block is poisoned. False: it is not missing, or there is no room for it."""
+    if not begin_run(s, r, b, 1, True, DEMAND, MISSING):
+        return False
+    s.tries = 1
+    recycled_release(s, r)
+    fail_run(s, r, err)
+    phase_change(s, BUSY, IDLE)
+    u64_store(&s.since_ns, 0)
+    return True
 
 
 cdef void overwrite(Region_t *r, uint64_t b, const char *bytes, bint zeros) noexcept nogil:

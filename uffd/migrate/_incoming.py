@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Incoming:
 
     def _look(self, wait_s: float) -> Arrival | None:
         begun = self._begun
-        if begun is None or begun._phase is _states.Phase.PAUSED_EARLY and _readable(self._gate.new):
+        if begun is None or (begun._phase is _states.Phase.PAUSED_EARLY and _readable(self._gate.new)):
             found = self._gate.accept(wait_s)
             if found is None:
                 return None
@@ -115,12 +115,13 @@ class Arrival:
     one waits for it; if the connection breaks, until the source recovers; if the source is given up (`close`), such a
     touch is SIGBUS, and never zeros."""
 
-    def __init__(self, wire: Any, regions: list[Region], layout: _frames.Layout, began_ns: int) -> None:
+    def __init__(self, wire: Any, regions: list[_Arriving], layout: _frames.Layout, began_ns: int) -> None:
         self._wire, self.regions, self._layout = wire, regions, layout
         self._began_ns, self._setup_ns = began_ns, time.monotonic_ns() - began_ns
         self._pid = os.getpid()
         self._ended = False
-        self.arrays = {one.name: regions[one.part].array(one.dtype, one.shape, offset=one.offset, order=one.order)
+        self.arrays = {one.name: regions[one.part].array(one.dtype, one.shape, offset=one.offset,
+                                                         order=cast(Any, one.order))
                        for one in layout.arrays}
 
     @property
@@ -197,8 +198,8 @@ class Arrival:
 
     def __del__(self) -> None:
         if not self.__dict__.get("_ended", True) and os.getpid() == self._pid:
-            if not self._phase >= _states.Phase.COMPLETED:
-                warnings.warn(f"{self!r} was dropped before its end", ResourceWarning, source=self)
+            if self._phase < _states.Phase.COMPLETED:
+                warnings.warn(f"{self!r} was dropped before its end", ResourceWarning, stacklevel=2, source=self)
             self.close()
 
     def __repr__(self) -> str:
@@ -227,7 +228,7 @@ class _Arriving(Region):
     @classmethod
     def over(cls, part: _frames.Part, engine: Engine | None, name: str, memfd: int) -> _Arriving:
         """memfd: of the file that its pages are in already, taken over; -1: none."""
-        region = cls.__new__(cls, engine=engine)
+        region = cast(_Arriving, cls.__new__(cls, engine=engine))
         region._memfd = memfd
         cls.__init__(region, part.nbytes, None, engine=engine, name=name, mode="c", block_bytes=part.block_bytes,
                      backing=part.backing, readahead_bytes=0)
@@ -246,7 +247,7 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
            engine: Engine | None) -> Arrival | None:
     """Agrees with a source that has shown the key, and makes the memory. None: it went away, or was refused."""
     began_ns, deadline_s = time.monotonic_ns(), time.monotonic() + SETUP_S
-    regions: list[Region] = []
+    regions: list[_Arriving] = []
     with push, ask:
         frames = _frames.Frames(ask)
         try:

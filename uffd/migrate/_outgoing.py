@@ -220,7 +220,7 @@ class Outgoing:
 
     def cancel(self) -> None:
         """Before the hand-over: gives it up, and the source's program goes on. MigrationError when it is too late."""
-        if self._wire.cancel() or self.status in (Status.CANCELLED, Status.FAILED) and self._owner == "source":
+        if self._wire.cancel() or (self.status in (Status.CANCELLED, Status.FAILED) and self._owner == "source"):
             return
         raise self._error("it is too late to cancel")
 
@@ -249,7 +249,7 @@ class Outgoing:
     def __del__(self) -> None:
         if not self.__dict__.get("_ended", True) and os.getpid() == self._pid:
             if not self.done():
-                warnings.warn(f"{self!r} was dropped before its end", ResourceWarning, source=self)
+                warnings.warn(f"{self!r} was dropped before its end", ResourceWarning, stacklevel=2, source=self)
             self.close()
 
     def __repr__(self) -> str:
