@@ -186,7 +186,7 @@ MAY_ALLOCATE = {
     "move_back": "the same, in memory of the engine's own",
     "bring_in": "memory of the engine's own, which nobody faults in",
     "copy_to_pool": "the same",
-    "copy_resident": "the same",
+    "untear": "the same, and of what a migration reads",
     "discard_block": "what the program asks for",
     "slot_release": "memory of the engine's own, which nobody faults in",
     "pool_trim": "the same",
@@ -199,6 +199,13 @@ MAY_ALLOCATE = {
     "watch_end": "a tracker ends",
     "foreign_begin": "a tracker is made",
     "foreign_end": "a tracker ends",
+    "wire_release": "a migration is over, on both sides",
+    "receive_all": "a migration's thread ends",
+    "push_main": "the same",
+    "answer_main": "the same",
+    "take_prepare": "a migration's own thread, before the hand-over",
+    "give_back": "memory that was handed over, which no program touches any more",
+    "rearm": "a migration's hand-over failed, and its file is mapped by this process alone again",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"

@@ -22,7 +22,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 # Every public name there may ever be is agreed on before it is written: one that is not here is private.
 MUST = {"probe", "open", "pack", "from_provider", "region_of", "populate", "prefetch", "pinned", "chunks",
         "default_engine", "get_include", "Engine", "Region", "Prefetch", "providers", "UffdError", "Unavailable",
-        "ProviderError", "RegionClosed", "DegradedWarning"}
+        "ProviderError", "RegionClosed", "MigrationError", "DegradedWarning"}
 MAY = MUST | {"zeros", "BudgetError", "Capabilities", "Stats", "LatencyHistogram", "Provider", "__version__"}
 
 
@@ -135,7 +135,7 @@ def test_a_public_method_says_what_it_does(owner):
 
 
 def test_every_error_is_of_one_family():
-    for name in ("Unavailable", "ProviderError", "RegionClosed"):
+    for name in ("Unavailable", "ProviderError", "RegionClosed", "MigrationError"):
         assert issubclass(getattr(uffd, name), uffd.UffdError)
     assert issubclass(uffd.Unavailable, OSError)
     assert issubclass(uffd.ProviderError, OSError)

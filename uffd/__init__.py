@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, SnapshotError, UffdError, Unavailable
+from .errors import (
+    BudgetError, DegradedWarning, MigrationError, ProviderError, RegionClosed, SnapshotError, UffdError, Unavailable,
+)
 from .probe import Capabilities, probe
 
 try:
@@ -50,8 +52,8 @@ def get_include() -> str:
 
 
 __all__ = [
-    "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "Provider",
-    "ProviderError", "Region", "RegionClosed", "SnapshotError", "Stats", "Tracker", "UffdError", "Unavailable",
-    "chunks", "default_engine", "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch",
-    "probe", "providers", "region_of", "track", "zeros",
+    "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "MigrationError", "Prefetch",
+    "Provider", "ProviderError", "Region", "RegionClosed", "SnapshotError", "Stats", "Tracker", "UffdError",
+    "Unavailable", "chunks", "default_engine", "from_provider", "get_include", "open", "pack", "pinned", "populate",
+    "prefetch", "probe", "providers", "region_of", "track", "zeros",
 ]

@@ -170,7 +170,10 @@ cdef int answer(Slot *s, Region_t *r, uint64_t *block, uint32_t *flags, int k, i
     if write and state == CLEAN and r.guard:
         forbid_write(r, b)
         return k + 1
-    if write and state == CLEAN:
+    if u32_load(&r.frozen) and (flags[k] & UF_FLAG_WP or wire_gone(r)):
+        wire_parked(r)                      # it waits for a migration; woken when writers may go on
+        return k + 1
+    if write and state == CLEAN and not u32_load(&r.frozen):
         while k + n < m and block[k + n] == b + <uint64_t>n and flags[k + n] & UF_FLAG_WRITE:
             n += 1
         n = <int>lift_run(s, r, b, <uint32_t>n)
@@ -216,6 +219,9 @@ cdef void demand_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint write, u
                 room_wait(s, r, b, write)
             elif ask_for_wake(r, b, u32_load(&r.state[b])):
                 b += 1
+            elif wire_pending(r, b) and u32_load(&r.state[b]) & (STATE_MASK | WAITERS) == MISSING | WAITERS:
+                ahead_note(s, r, <int64_t>b)
+                b += 1                      # asked for; who brings it wakes
             elif u32_load(&r.state[b]) & STATE_MASK != MISSING:
                 uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
                 b += 1
@@ -344,6 +350,12 @@ include "_foreign.pxi"
 include "_hostside.pxi"
 include "_hosttake.pxi"
 include "_hostwrite.pxi"
+include "_wire.pxi"
+include "_wiretake.pxi"
+include "_wireread.pxi"
+include "_wireguard.pxi"
+include "_wiresend.pxi"
+include "_wireapi.pxi"
 
 
 cdef int _start() except -1:

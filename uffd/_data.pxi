@@ -40,7 +40,9 @@ cdef enum:
     WRITER_SLOT = EVICTOR_SLOT + 1                      # of the thread that writes back
     CALL_SLOT = WRITER_SLOT + 1                         # of API calls that evict, write back or discard, by turns
     CALL_SLOTS = 4
-    MAX_SLOTS = CALL_SLOT + CALL_SLOTS
+    WIRE_SLOT = CALL_SLOT + CALL_SLOTS                  # of migrations' threads, while they place or read blocks
+    WIRE_SLOTS = 16
+    MAX_SLOTS = WIRE_SLOT + WIRE_SLOTS
     BATCH = 64                  # messages of one read
     MAX_RUN = 512               # blocks of one fill
     STRIPES = 8                 # sets of counters of a region
@@ -218,6 +220,8 @@ cdef struct Region_t:
     uint32_t unsynced           # the provider acknowledged writes that were not made durable yet
     BlockError write_error[ERRORS]  # of blocks whose write failed, by number modulo ERRORS
     Region_t *next_dying
+    Part_t *part                # a migration brings it (destination), or sends it (source); NULL
+    uint32_t frozen             # a migration has stopped writers; futex
     # read-ahead, under ahead_lock (a try-lock: who does not get it leaves the pattern alone)
     uint32_t ahead_lock
     uint32_t history_at
@@ -418,6 +422,7 @@ cdef struct Engine_t:
     uint64_t pool_span          # address space of each pool
     uint32_t call_slots         # bit per slot of API calls in use
     uint32_t call_turn          # futex: changes whenever one is given back
+    uint32_t wire_slots         # bit per slot of migrations in use
     uint32_t pressed            # eighths taken off the limit while the machine is short of memory
     uint64_t followed_ns        # when the keeper last looked at the machine's memory
     int cgroups                 # memory cgroups that hold us, from our own up

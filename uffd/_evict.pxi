@@ -164,7 +164,7 @@ cdef inline bint can_store(Region_t *r) noexcept nogil:
 cdef bint claim_out(Slot *s, Region_t *r, uint64_t b, uint32_t from_state, uint32_t to_state) noexcept nogil:
     """from_state > EVICTING or COPYING, unless the block is pinned. Who pins says so first, then looks at the state."""
     cdef uint32_t word = u32_load(&r.state[b])
-    while word & STATE_MASK == from_state and u8_load(&r.pins[b]) == 0:
+    while word & STATE_MASK == from_state and u8_load(&r.pins[b]) == 0 and not wire_gone(r):
         if u32_cas(&r.state[b], word, to_state | word & (WAITERS | FROM_PARENT | KEPT | STICKY)
                    | (s.index + 1) << OWNER_SHIFT | ((word >> GENERATION_SHIFT) + 1) << GENERATION_SHIFT):
             fence_seq()
@@ -343,7 +343,6 @@ cdef bint copy_resident(Slot *s, Region_t *r, uint64_t b, char *target) noexcept
     """Copies a protected block; False if pages of it are not there (the program dropped them), or went meanwhile: then
     the fault of this very thread was answered by tear_copy."""
     cdef char *page = r.base + (b << r.shift)
-    cdef uint64_t i
     if not block_present(r, b):
         return False
     u32_store(&s.torn, 0)
@@ -352,10 +351,17 @@ cdef bint copy_resident(Slot *s, Region_t *r, uint64_t b, char *target) noexcept
     u32_store(&s.tid, 0)
     if u32_load(&s.torn) == 0:
         return True
+    untear(s, r, b)
+    return False
+
+
+cdef void untear(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    """Takes away what tear_copy put in: missing again, so that a touch repairs it."""
+    cdef char *page = r.base + (b << r.shift)
+    cdef uint64_t i
     for i in range(block_span(r, b) / PAGE):
         if s.torn_page[i / 64] >> (i % 64) & 1:
-            madvise(page + i * PAGE, PAGE, MADV_DONTNEED)   # missing again: a touch repairs it
-    return False
+            madvise(page + i * PAGE, PAGE, MADV_DONTNEED)
 
 
 cdef void tear_copy(Slot *owner, Region_t *r, uint64_t b) noexcept nogil:
@@ -451,7 +457,7 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     all others are moved.
     """
     cdef uint32_t word = u32_load(&r.state[b]), state = word & STATE_MASK
-    cdef bint watched = u32_load(&r.watched) != 0
+    cdef bint watched = u32_load(&r.watched) != 0 or u32_load(&r.frozen)
     cdef bint protect = r.protect and (state == POOLED and not (write and r.writable) or watched)
     cdef bint shared = is_shared(r), can_move = r.moves and r.engine.pool_fd >= 0
     cdef bint copies = not shared and (not can_move or protect and not r.guard)
@@ -459,7 +465,7 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     cdef bint came = False, charged = False
     cdef int err = 0
     s.no_room = 0
-    if state != POOLED and state != POOLED_DIRTY:
+    if state != POOLED and state != POOLED_DIRTY or wire_gone(r):
         return False
     # Without room it is copied all the same: its slot is given back at once, so a thread has at most one block twice in
     # memory, while it copies. Moved, unprotected, it would have to count as written.

@@ -132,6 +132,8 @@ cdef void publish_as(Region_t *r, uint64_t b, uint64_t n, uint32_t state, uint32
     cdef uint64_t i
     cdef uint32_t old, new
     cdef bint asked = False
+    if state == DIRTY and r.part != NULL and r.part.wire.source:
+        part_written(r, b, n)
     for i in range(b, b + n):
         old = u32_load(&r.state[i])
         new = state | (old >> GENERATION_SHIFT << GENERATION_SHIFT) | old & kept
@@ -143,6 +145,17 @@ cdef void publish_as(Region_t *r, uint64_t b, uint64_t n, uint32_t state, uint32
             futex_wake_all(&r.state[i])
     if asked and not r.is_inline:
         uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), ((n - 1) << r.shift) + block_span(r, b + n - 1))
+
+
+cdef void publish_same(Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+    """A block that was only read returns to the state it had."""
+    cdef uint32_t old = u32_load(&r.state[b])
+    old = u32_swap(&r.state[b], state | (old >> GENERATION_SHIFT << GENERATION_SHIFT)
+                   | old & (STICKY | FROM_PARENT | KEPT))
+    if old & WAITERS:
+        futex_wake_all(&r.state[b])
+        if not r.is_inline:
+            uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
 
 
 cdef bint ask_for_wake(Region_t *r, uint64_t b, uint32_t word) noexcept nogil:
@@ -180,6 +193,10 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         limit = <uint32_t>(r.blocks - b)
     s.no_room = 0
     s.recycled = 0
+    if r.part != NULL and (from_state == MISSING or from_state == POISONED):
+        limit = wire_spare(s, r, b, limit)
+        if limit == 0:
+            return 0
     if from_state == MISSING or from_state == POISONED:
         evict_first(r.engine, s, run_span(r, b, limit))
         limit = room_for_run(s, r, b, limit, write, cause)
@@ -292,6 +309,8 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
         return LATE                         # timed out: whatever came is too late
     if err == 0:
         critical_enter(s)
+        if s.write and r.protect and not s.repair and u32_load(&r.frozen):
+            s.write = 0                     # writers are stopped: this one finds it protected
         err = place(s, r, offset, page_round(nbytes), source)
         if err >= 0:
             stage(s, r, H_RESOLVE, now_ns() - t1)
@@ -314,6 +333,14 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     cdef uint64_t span = page_round(nbytes)
     cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
     cdef int err
+    if s.offered != NULL and s.recycled:
+        memcpy(target, s.offered, span)     # a migration's; its buffer is whole pages
+        source[0] = target
+        return 0
+    if s.offered != NULL:
+        return obtain_hosted(s, r, offset, nbytes, source)
+    if wire_pending(r, offset >> r.shift):
+        return wire_error(r, offset >> r.shift)
     if u32_load(&r.state[offset >> r.shift]) & SPILLED:
         return spill_read(s, r, offset, nbytes, source)
     if r.in_child and u32_load(&r.state[offset >> r.shift]) & FROM_PARENT:
@@ -503,7 +530,7 @@ cdef uint32_t lift_run(Slot *s, Region_t *r, uint64_t b, uint32_t most) noexcept
     ioctl; it wakes writers."""
     cdef uint32_t n = 0, word
     critical_enter(s)
-    while n < most and not watched_run(r, b + n, b + n + 1):
+    while n < most and not u32_load(&r.frozen) and not watched_run(r, b + n, b + n + 1):
         word = u32_load(&r.state[b + n])
         if word & STATE_MASK != CLEAN:
             break
@@ -523,8 +550,8 @@ cdef void lift_again(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
     cdef uint32_t word
     critical_enter(s)
     word = u32_load(&r.state[b])
-    if watched_run(r, b, b + 1):
-        pass                                # page by page, with the address of a fresh message
+    if u32_load(&r.frozen) or watched_run(r, b, b + 1):
+        pass                                # nobody writes there now; or page by page, by a fresh message's address
     elif word & STATE_MASK == DIRTY and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
         unprotect(r, b, 1)
         publish(r, b, 1, DIRTY)

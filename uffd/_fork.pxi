@@ -64,6 +64,7 @@ cdef void fork_child() noexcept nogil:
     if snapshot != NULL and snapshot.n:
         bus_ensure()                        # somebody of the parent may have been in the middle of it
         for i in range(snapshot.n):
+            child_part(snapshot.entry[i].region)
             child_region(snapshot.entry[i].region)
     e = engines
     while e != NULL:
@@ -101,6 +102,7 @@ cdef void child_engine(Engine_t *e) noexcept nogil:
     e.write_bell = 0
     e.room_waiters = 0
     e.call_slots = 0
+    e.wire_slots = 0
     e.broken = child_pool(e) != 0 or (e.hosts != NULL and hosts_child(e) != 0) or engine_start(e) != 0
     if e.broken:
         say_child(b"a forked child could not start its workers; touching a missing page will end it")

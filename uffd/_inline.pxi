@@ -192,7 +192,14 @@ cdef int inline_serve(Region_t *r, uint64_t address, int write) noexcept nogil:
             return BUS_NOT_OURS             # its memory is about to go: the program used it after closing it
         if not r.is_inline:
             return odd_fault(r, b, state)
-        if state == MISSING and r.hosted:
+        if wire_gone(r):
+            wire_parked(r)
+            futex_wait(&r.frozen, 1, SECOND_NS)
+            continue
+        if state == MISSING and wire_pending(r, b):
+            asked_ns = inline_ask(r, b, write > 0, word, asked_ns)
+            verdict = BUS_NOT_OURS
+        elif state == MISSING and r.hosted:
             verdict = inline_hosted(r, b, write > 0)
         elif state == MISSING and r.fill.inline_safe:
             verdict = inline_fill(r, b, write > 0, MISSING)
@@ -278,7 +285,11 @@ cdef int inline_present(Region_t *r, uint64_t address, int write, uint32_t state
     cdef int verdict = BUS_SERVED
     if state == CLEAN and write < 0 and (r.minor or block_present(r, b)):
         write = 1                           # there, and faulting: a write (of a shared block at least maybe)
-    elif state == CLEAN and write == 0 and block_present(r, b):
+    if write and u32_load(&r.frozen) and (r.minor or block_present(r, b)):
+        wire_parked(r)
+        futex_wait(&r.frozen, 1, SECOND_NS)
+        return BUS_SERVED
+    if state == CLEAN and write == 0 and block_present(r, b):
         return BUS_SERVED
     if write > 0 and state == CLEAN and r.guard:
         forbid_write(r, b)

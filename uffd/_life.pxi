@@ -179,6 +179,7 @@ cdef void region_unmap(Region_t *r) noexcept nogil:
     r.texts = NULL
     if r.stuck == 0 and r.counters != NULL:
         munmap(r.counters, page_round(STRIPES * sizeof(Counters)))
+    part_release(r)
     r.fd = -1
     r.memfd = -1
     r.base = NULL

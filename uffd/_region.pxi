@@ -18,7 +18,8 @@ cdef class Region:
 
     def _open(self, Engine engine, Filler filler, uint64_t nbytes, uint64_t block_bytes, *, str name, str provider,
               bint shared, bint is_inline, bint writable, uint64_t readahead_bytes, bint wait_for_ever,
-              uint32_t retries, uint64_t timeout_ns, bint writes_back, bint volatile_pages, bytes spill_folder):
+              uint32_t retries, uint64_t timeout_ns, bint writes_back, bint volatile_pages, bytes spill_folder,
+              int memfd=-1):
         """Makes the memory. OSError or MemoryError, and then nothing is left."""
         cdef Region_t *r
         cdef int err
@@ -46,7 +47,7 @@ cdef class Region:
         _copy_name(r.provider, provider)
         r.writes_back = writes_back
         r.volatile_pages = volatile_pages
-        err = _prepare(r, shared)
+        err = _prepare(r, shared, memfd)
         if err == 0 and writable:
             err = _prepare_spill(r, spill_folder)
         if err == 0:
@@ -131,6 +132,12 @@ cdef class Region:
     def tracked(self):
         """Whether dirty blocks are known exactly (the kernel has write protection for this memory)."""
         return bool(_live(self).protect) or not _live(self).writable
+
+    def _memory_fd(self):
+        """A descriptor of its own of the file that the region's pages are in; None where a touch could not map what
+        another process put there."""
+        cdef Region_t *r = _live(self)
+        return _os.dup(r.memfd) if is_shared(r) and r.minor and not r.is_inline else None
 
     def _states(self):
         """One byte per block: its state. A snapshot without a lock; touches no managed page."""
@@ -345,8 +352,8 @@ cdef int _prepare_spill(Region_t *r, bytes folder) except? -1000:
     return 0
 
 
-cdef int _prepare(Region_t *r, bint shared) except? -1000:
-    """The rest of a region's constant fields. 0 or -errno."""
+cdef int _prepare(Region_t *r, bint shared, int memfd) except? -1000:
+    """The rest of a region's constant fields; memfd: to be taken over, -1 for a new one. 0 or -errno."""
     r.span = page_round(r.nbytes)
     r.blocks = (r.span + (<uint64_t>1 << r.shift) - 1) >> r.shift
     r.fd = -1
@@ -369,7 +376,7 @@ cdef int _prepare(Region_t *r, bint shared) except? -1000:
         r.history[i] = -(<int64_t>1 << 62)
     if shared:
         r.minor = has(UF_FEATURE_MINOR_SHMEM)
-        r.memfd = sys_memfd(b"uffd")
+        r.memfd = sys_memfd(b"uffd") if memfd < 0 else memfd
         return r.memfd if r.memfd < 0 else 0
     return 0
 

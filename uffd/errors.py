@@ -3,8 +3,10 @@ to do."""
 
 from __future__ import annotations
 
-__all__ = ["BudgetError", "DegradedWarning", "ProviderError", "RegionClosed", "SnapshotError", "UffdError",
-           "Unavailable"]
+__all__ = [
+    "BudgetError", "DegradedWarning", "MigrationError", "ProviderError", "RegionClosed", "SnapshotError", "UffdError",
+    "Unavailable",
+]
 
 
 class UffdError(Exception):
@@ -46,6 +48,18 @@ class SnapshotError(UffdError):
 
 class BudgetError(UffdError, MemoryError):
     """More bytes would have to be resident than the budget has room for. The message names both, and what sets them."""
+
+
+class MigrationError(UffdError):
+    """A migration was refused, or ended without being complete.
+
+    Attribute owner: who has the memory now: "source" (it may go on), "destination", or "unknown": this side can't tell,
+    and treats what it has as lost. The message says what the other side should be asked.
+    """
+
+    def __init__(self, message: str, *, owner: str = "source") -> None:
+        super().__init__(message)
+        self.owner = owner
 
 
 class DegradedWarning(UserWarning):

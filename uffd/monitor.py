@@ -14,25 +14,20 @@ fault nor an exit.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import os
 import signal
 import socket
-import stat
-import struct
 import threading
 import time
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
-from . import _figures
+from . import _figures, _sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .engine import Engine
 
 __all__ = ["Monitor"]
@@ -41,9 +36,7 @@ _CONNECTIONS = 8                    # at once; a ninth is told so and closed
 _TALK_S = 5.0                       # for a whole request to come, and as long for its answer to go
 _BETWEEN_S = 0.005                  # from one accept to the next: clients in a loop cost a few percent of a CPU
 _HEAD_BYTES = 8 << 10               # of a request
-_PATH_BYTES = 107                   # struct sockaddr_un, less the zero at its end
 _END_S = 1.0                        # how long close waits for threads that were told to end
-_LOCK_S = 1.0                       # how long one that starts waits for another that starts in the same folder
 _PASSING = {errno.ECONNABORTED, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPROTO}
 _open: weakref.WeakSet[Monitor] = weakref.WeakSet()
 
@@ -60,7 +53,7 @@ class Monitor:
         self._closed = False
         self._connections: set[socket.socket] = set()
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._listener = _listen(self.path)
+        self._listener = _sockets.listen_unix(self.path, _CONNECTIONS)
         try:
             found = os.lstat(self.path)
             self._node = found.st_dev, found.st_ino
@@ -249,75 +242,6 @@ def _block_signals() -> None:
     """They are the program's; those that a thread's own instruction causes can't be left to others."""
     own = {signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL}
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own)
-
-
-# ---- the socket's place -----------------------------------------------------------------------------------------
-
-
-def _listen(path: str) -> socket.socket:
-    """A listening socket at path, mode 0600, in the place of a dead one. OSError with what to do."""
-    if len(os.fsencode(path)) > _PATH_BYTES:
-        raise OSError(errno.ENAMETOOLONG, f"a socket's path has {_PATH_BYTES} bytes at most, this one "
-                      f"{len(os.fsencode(path))}; take a shorter one, under $XDG_RUNTIME_DIR or /tmp", path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        os.fchmod(listener.fileno(), 0o600)      # bind makes the file with it: at no time may others connect
-        with _alone_in(os.path.dirname(path)):
-            _remove_dead(path)
-            listener.bind(path)
-            listener.listen(_CONNECTIONS)
-    except BaseException as error:
-        listener.close()
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            raise OSError(error.errno, f"{error.strerror}: no socket can be made here", path) from error
-        raise
-    return listener
-
-
-@contextmanager
-def _alone_in(folder: str) -> Iterator[None]:
-    """One at a time of those that start here: who looks at a dead socket must not remove the one that another has put
-    there meanwhile. Where the folder can't be locked (some network file systems), or others hold the lock, it is gone
-    on without: what is then left to chance is two that start over one dead socket in the same millisecond."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        deadline_s = time.monotonic() + _LOCK_S
-        while time.monotonic() < deadline_s:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(fd)
-
-
-def _remove_dead(path: str) -> None:
-    """FileExistsError for all that is not a socket of this user at which nobody listens."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise FileExistsError(errno.EEXIST, "it is there, and no socket: choose another path, or remove it", path)
-    if found.st_uid != os.geteuid():
-        raise FileExistsError(errno.EEXIST, f"it is a socket of user {found.st_uid}: choose another path", path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:                 # its backlog is full, or it is of another kind
-            raise FileExistsError(errno.EEXIST, f"it is there, and in use ({error.strerror}): choose another path",
-                                  path) from error
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    raise FileExistsError(errno.EEXIST, f"process {struct.unpack('3i', credentials)[0]} listens there: choose another "
-                          "path", path)
 
 
 def _forget_all() -> None:

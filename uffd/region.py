@@ -66,6 +66,7 @@ class Region(_core.Region):
 
     nbytes: int
     _options: dict[str, Any]
+    _memfd = -1                                  # the file of its pages, where another process made it
 
     def __new__(cls, *args: Any, engine: Engine | None = None, **options: Any) -> Region:
         if cls is Region and fills_whole(engine):
@@ -127,7 +128,7 @@ class Region(_core.Region):
                        readahead_bytes=min(asked["readahead_bytes"], 1 << 40),
                        wait_for_ever=asked["on_error"] == "wait", retries=min(asked["retries"], 1 << 30),
                        timeout_ns=int(min(float(asked["timeout_s"]), 1e9) * 1e9), writes_back=self.mode == "r+",
-                       volatile_pages=bool(asked["volatile"]), spill_folder=_spill_folder())
+                       volatile_pages=bool(asked["volatile"]), spill_folder=_spill_folder(), memfd=self._memfd)
         except BaseException:
             if is_hosted(served) and self.engine._threads is not None:
                 self.engine._threads.end_session(filler)

@@ -1,0 +1,414 @@
+"""Migration between two processes: all of the memory, once; one owner at each instant; writers stopped, and let go."""
+
+import numpy as np
+import pytest
+from support.scripts import run_script
+from uffd import migrate
+
+START = "from support.migration import *\n"
+
+
+def script(text, **options):
+    return run_script(START + text, **options).check()
+
+
+@pytest.mark.parametrize("url", ["tcp://127.0.0.1:0", "unix:{}/s"], ids=["tcp", "unix"])
+@pytest.mark.parametrize("precopy", [0, 2])
+def test_arrays_of_all_kinds(url, precopy, tmp_path):
+    """Goal: every byte of arrays, structured ones, views of regions, empty ones and Fortran's; state; names; report."""
+    script(f"""
+N = 4 << 20
+def destination(incoming):
+    arrival = incoming.accept(20)
+    got = arrival.arrays
+    assert arrival.state == b"x" * 100000
+    assert got["b"].flags.f_contiguous and got["b"].shape == (3, 1000) and got["b"][2, 999] == 2999
+    assert got["s"]["y"][7] == 7 and got["e"].shape == (0, 5) and got["n"].shape == () and got["n"] == 5
+    assert (got["v"] == filled(N)[100:200]).all() and (got["r"] == filled(N)).all()
+    assert np.shares_memory(got["v"], got["r"]) and len(arrival.regions) == 7
+    assert not got["z"].any() and (got["a"] == filled(N, 9)).all()
+    got["a"][:] = 1; got["z"][5] = 1            # it is ordinary memory
+    report = arrival.wait(20)
+    assert report.side == "destination" and report.owner == "destination" and arrival.status == "COMPLETED"
+    arrival.close()
+    assert got["a"].sum() == N // 8
+pid, url = start(destination, {url.format(tmp_path)!r})
+r = uffd.zeros(N // 8, np.int64); r[:] = filled(N)
+s = np.zeros(1000, [("x", "u1"), ("y", "<i4")]); s["y"] = range(1000)
+arrays = {{"a": filled(N, 9), "b": np.asfortranarray(np.arange(3000.).reshape(1000, 3).T), "r": r, "v": r[100:200],
+          "s": s, "e": np.zeros((0, 5)), "z": uffd.zeros(1 << 20), "n": np.array(5)}}
+with migrate.connect(url, arrays) as outgoing:
+    assert outgoing.status == "SETUP"
+    if {precopy}:
+        outgoing.precopy({precopy})
+        assert outgoing.status == "PRECOPY"
+    outgoing.switchover(b"x" * 100000)
+    report = outgoing.wait(20)
+assert outgoing.status == "COMPLETED" and outgoing.done() and report.owner == "destination"
+assert 0 < report.downtime_s < 5 and report.blocks_left == 0 and report.blocks.doubled == 0
+assert report.blocks.zero >= 128 and report.rounds == {precopy}
+moved = 2 * N + 24000 + 5000 + 8
+assert report.bytes.total <= moved + ({precopy} and 1 << 20) and report.bytes.total > moved - 65536 * 4
+if {precopy}:
+    assert report.bytes.precopy > 2 * N - 65536 and report.bytes.pushed < 1 << 20, report.bytes
+assert "COMPLETED" in str(report) and report.as_dict()["status"] == "COMPLETED"
+assert ended(pid) == 0
+""")
+
+
+def test_precopy_while_a_writer_never_stops():
+    """Goal: what is there at the instant of the hand-over is what arrives, of memory of both kinds, while threads write
+    as fast as they can. Method: each write raises both counters of a pair in one order; writers are stopped by the
+    switchover itself; a digest is taken of what the destination has, and of what the stopped source has."""
+    script("""
+import hashlib
+N = 8 << 20
+def digest(arrays):
+    return b"".join(hashlib.sha1(one).digest() for one in arrays)
+r, w = os.pipe()
+def destination(incoming):
+    arrival = incoming.accept(20)
+    arrival.wait(20)
+    os.write(w, digest([arrival.arrays["a"], arrival.arrays["r"]]))
+    arrival.close()
+pid, url = start(destination)
+a, b = filled(N), uffd.zeros(N // 8, np.int64)
+b[:] = filled(N)
+def write(one):
+    rng = np.random.default_rng(1)
+    while True:
+        i = int(rng.integers(0, N // 8 - 30000))
+        np.add(one[i:i + 30000], 1, out=one[i:i + 30000])       # lets the interpreter go
+outgoing = migrate.connect(url, {"a": a, "r": b})
+threads = [threading.Thread(target=write, args=(one,), daemon=True) for one in (a, b)]
+[thread.start() for thread in threads]
+outgoing.precopy(rounds=4, timeout_s=10)
+assert outgoing._wire.dirty_blocks()
+outgoing.switchover()
+report = outgoing.wait(20)
+assert 1 <= report.rounds <= 4 and report.blocks.precopy >= 2 * N // 65536
+assert report.blocks.pushed + report.blocks.requested > 0
+assert digest([a, b]) == os.read(r, 100)
+assert all(thread.is_alive() for thread in threads)
+assert ended(pid) == 0
+os._exit(0)
+""")
+
+
+def test_sources_that_are_not_in_memory():
+    """Goal: evicted, spilled and unfilled blocks arrive, and none becomes resident by that; with an engine that has no
+    room for them at the destination either."""
+    script("""
+N = 4 << 20
+def destination(incoming):
+    arrival = incoming.accept(20)
+    for name, one in arrival.arrays.items():
+        assert (one == filled(N)).all(), name
+    arrival.wait(20)
+    for name, one in arrival.arrays.items():
+        assert (one == filled(N)).all(), name
+    assert arrival.regions[0].engine.resident_bytes <= 4 << 20
+    arrival.close()
+def served(offset, out):
+    out.view(np.int64)[:] = filled(N)[offset // 8:(offset + len(out)) // 8]
+pid, url = start(destination, engine=uffd.Engine(budget_bytes=4 << 20))
+engine = uffd.Engine(budget_bytes=4 << 20)
+arrays = {
+    "memory": uffd.from_provider(providers.Memory(filled(N)), (N // 8,), np.int64, engine=engine),
+    "python": uffd.from_provider(served, (N // 8,), np.int64, engine=engine),
+    "spilled": uffd.zeros(N // 8, np.int64, engine=engine),
+    "shared": uffd.zeros(N // 8, np.int64, engine=engine, backing="shared")}
+arrays["spilled"][:] = filled(N)
+arrays["shared"][:] = filled(N)
+before = [int(uffd.region_of(one).resident().sum()) for one in arrays.values()]
+assert before[0] == before[1] == 0
+with migrate.connect(url, arrays) as outgoing:
+    outgoing.precopy()
+    outgoing.switchover()
+    outgoing.wait(20)
+after = [int(uffd.region_of(one).resident().sum()) for one in arrays.values()]
+assert after[0] == after[1] == 0 and sum(after) <= sum(before)
+assert ended(pid) == 0
+""")
+
+
+def test_requests_overtake_the_push():
+    """Goal: a touch waits for its block alone, however slow the push; prefetch and populate ask, too; waiting is
+    measured."""
+    script("""
+N = 16 << 20
+def destination(incoming):
+    arrival = incoming.accept(20)
+    a = arrival.arrays["a"]
+    t0 = time.monotonic()
+    for i in range(100):
+        at = (i * 37) % 256 * 8192 + 5
+        assert a[at] == filled(N)[at]
+    took = time.monotonic() - t0
+    arrival.regions[0].populate((8 << 20, 9 << 20))
+    assert arrival.regions[0].resident()[128:144].all()
+    assert time.monotonic() - t0 < 2.5, took
+    report = arrival.report()
+    assert report.blocks.requested >= 90 and report.requests.n >= 90 and report.status == "POSTCOPY"
+    assert report.blocked_s > 0 and report.requests_max_ns > 0
+    arrival.close()                             # what has not come by now never does
+    try:
+        arrival.regions[0].populate()
+        raise AssertionError("what never came")
+    except uffd.ProviderError as error:
+        assert error.errno == errno.ENOTRECOVERABLE
+pid, url = start(destination)
+a = filled(N)
+outgoing = migrate.connect(url, {"a": a}, postcopy_bytes_per_s=1e6)
+outgoing.switchover()
+assert ended(pid) == 0
+status_is(outgoing, "PAUSED" if outgoing.status != "FAILED" else "FAILED")
+outgoing.close()
+assert outgoing.status == "FAILED"
+""")
+
+
+def test_cancel_in_each_state():
+    """Goal: before the hand-over a cancelled migration leaves the program as it was, its writers included; after it,
+    cancel is refused and says who has the memory."""
+    script("""
+def destination(incoming):
+    for _ in range(2):                          # of the third it hears nothing: the next one takes its place
+        try:
+            incoming.accept(20)
+            raise AssertionError("it was cancelled")
+        except uffd.MigrationError as error:
+            assert error.owner == "source", error
+    arrival = incoming.accept(20)
+    assert (arrival.arrays["0"] == 5).all()
+    arrival.wait(20)
+    arrival.close()
+pid, url = start(destination)
+a, r = filled(1 << 20), uffd.zeros(1 << 17, np.int64)
+for state in ("setup", "precopy", "paused"):
+    outgoing = migrate.connect(url, [a, r])
+    if state != "setup":
+        outgoing.precopy()
+        a[:] = 1; r[:] = 2
+    if state == "paused":
+        outgoing.pause()
+        assert outgoing.status == "PAUSED"
+        a[:] = 3; r[:] = 4
+    outgoing.cancel()
+    assert outgoing.status == "CANCELLED" and outgoing.done()
+    a[5] = 9; r[5] = 9
+    outgoing.close()
+    a[:] = 5; r[:] = 5
+    outgoing.cancel()                           # again is nothing
+    try:
+        outgoing.wait(1)
+        raise AssertionError("cancelled")
+    except uffd.MigrationError as error:
+        assert error.owner == "source"
+with migrate.connect(url, [a, r]) as outgoing:
+    outgoing.switchover()
+    try:
+        outgoing.cancel()
+        raise AssertionError("it is too late")
+    except uffd.MigrationError as error:
+        assert error.owner == "destination"
+    outgoing.wait(20)
+assert ended(pid) == 0
+""")
+
+
+def test_writers_are_stopped_or_killed():
+    """Goal: after the hand-over no write reaches the source's memory: it waits ("stop"), also in a system call; or the
+    process dies by a signal and a line ("kill"), but only once the destination has everything."""
+    script("""
+def destination(incoming):
+    for _ in range(2):
+        arrival = incoming.accept(20)
+        arrival.wait(20)
+        assert (arrival.arrays["0"] == filled(1 << 20)).all() and not arrival.arrays["1"].any()
+        arrival.close()
+pid, url = start(destination)
+def moved(**options):
+    arrays = [filled(1 << 20), uffd.zeros(1 << 17, np.int64)]
+    outgoing = migrate.connect(url, arrays)
+    outgoing.switchover(**options)
+    return arrays, outgoing
+(a, r), outgoing = moved()
+writers = [threading.Thread(target=np.add, args=(one, 1), kwargs={"out": one}, daemon=True) for one in (a, r)]
+readinto = threading.Thread(target=open("/dev/zero", "rb", 0).readinto, args=(a[60000:],), daemon=True)
+for thread in [*writers, readinto]:
+    thread.start()
+outgoing.wait(20)
+time.sleep(0.1)
+assert all(thread.is_alive() for thread in [*writers, readinto])
+assert (a == filled(1 << 20)).all() and not r.any()
+child = os.fork()
+if not child:
+    (a, r), outgoing = moved(on_write="kill")
+    outgoing.wait(20)
+    r[7] = 1
+    os._exit(0)
+assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
+assert ended(pid) == 0
+os._exit(0)
+""")
+
+
+def test_release():
+    """Goal: memory that has arrived is given back at the source, of both kinds; touching it there is a signal, and never
+    zeros; a break in between loses nothing."""
+    script("""
+N = 16 << 20
+def destination(incoming):
+    arrival = incoming.accept(20)
+    arrival.wait(20)
+    assert all((one == filled(N)).all() for one in arrival.arrays.values())
+    arrival.close()
+pid, url = start(destination)
+a, r = filled(N), uffd.zeros(N // 8, np.int64)
+r[:] = filled(N)
+before = leaks.rss_bytes()
+with migrate.connect(url, [a, r], release=True, postcopy_bytes_per_s=200e6) as outgoing:
+    outgoing.switchover()
+    time.sleep(0.03)
+    outgoing.pause()
+    outgoing.recover()
+    outgoing.wait(20)
+    status_is(outgoing, "COMPLETED")
+    wait_until(lambda: before - leaks.rss_bytes() > 1.8 * N, "memory given back", 10)
+assert uffd.region_of(r).resident().sum() == 0
+for one in (a, r):
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        one[N // 16]
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
+assert ended(pid) == 0
+""")
+
+
+def test_keys():
+    """Goal: only who has the key moves memory; others disturb nobody."""
+    script("""
+def destination(incoming):
+    arrival = incoming.accept(20)
+    assert (arrival.arrays["0"] == 1).all()
+    arrival.wait(20)
+    arrival.close()
+pid, url = start(destination, key=b"secret")
+for wrong in (None, b"other"):
+    try:
+        migrate.connect(url, [np.ones(1000)], key=wrong)
+        raise AssertionError("let in")
+    except uffd.MigrationError as error:
+        assert error.owner == "source" and "key" in str(error)
+with migrate.connect(url, [np.ones(1000)], key="secret") as outgoing:
+    outgoing.switchover()
+assert ended(pid) == 0
+""")
+
+
+def test_nothing_is_left():
+    """Goal: neither side keeps threads, processes, descriptors or mappings, and a region can move again."""
+    script("""
+def destination(incoming):
+    for turn in range(4):
+        if turn == 1:
+            before = leaks.take()
+        try:
+            incoming.accept(20)
+        except uffd.MigrationError:
+            gc.collect()
+    leaks.settle(before)
+pid, url = start(destination)
+r = uffd.zeros(1 << 17)
+for turn in range(4):
+    if turn == 1:
+        before = leaks.take()
+    with migrate.connect(url, [r, np.ones(100000)]) as outgoing:
+        outgoing.precopy()
+        r[5] = turn
+    assert outgoing.status == "CANCELLED"
+    del outgoing
+    gc.collect()
+leaks.settle(before)
+assert ended(pid) == 0
+""")
+
+
+@pytest.mark.parametrize("call, error", [
+    (lambda: migrate.connect("tcp://127.0.0.1:1", [np.array([None])]), TypeError),
+    (lambda: migrate.connect("tcp://127.0.0.1:1", [np.zeros((10, 10))[:, ::2]]), ValueError),
+    (lambda: migrate.connect("tcp://127.0.0.1:1", []), ValueError),
+    (lambda: migrate.connect("http://x", [np.zeros(5)]), ValueError),
+    (lambda: migrate.connect("tcp://127.0.0.1:1", [np.zeros(5)]), OSError),
+    (lambda: migrate.listen("tcp://1.2.3.4:1"), migrate._outgoing.MigrationError),
+], ids=["objects", "gaps", "none", "scheme", "nobody", "public"])
+def test_what_is_refused(call, error):
+    with pytest.raises(error):
+        call()
+
+
+def test_two_views_of_one_memory_are_refused():
+    a = np.zeros(1000)
+    with pytest.raises(ValueError, match="share memory"):
+        migrate.connect("tcp://127.0.0.1:1", [a, a[500:]])
+
+
+def test_shared_regions_are_passed_and_not_copied(tmp_path):
+    """Goal: on one machine a region with shared backing goes by its descriptor: no byte of it travels, what is evicted
+    or unfilled does; the source can't touch it any more; cancelled or failed, it is as it was; and it goes on again."""
+    script("""
+N = 8 << 20
+ENGINE = uffd.Engine(budget_bytes=None)
+def destination(incoming):
+    try:
+        incoming.accept(20)
+        raise AssertionError("cancelled")
+    except uffd.MigrationError:
+        pass
+    arrival = incoming.accept(20)
+    a, b = arrival.arrays["a"], arrival.arrays["b"]
+    assert a[0] == 5 and (a[1:] == filled(N)[1:]).all()
+    a[:] = 6                                    # at the source nothing sees it
+    report = arrival.wait(20)
+    assert (b == filled(4 << 20, 3)).all() and (a == 6).all()
+    assert report.bytes_passed == N + 65536 and report.bytes.total == (4 << 20) - 65536, report
+    arrival.close()
+    with migrate.connect(arrival.state.decode(), arrival.arrays) as outgoing:        # and on
+        outgoing.switchover()
+        report = outgoing.wait(20)
+    assert report.bytes_passed == N + (4 << 20) and report.bytes.total == 0, report
+def next_destination(incoming):
+    arrival = incoming.accept(20)
+    assert (arrival.arrays["a"] == 6).all() and (arrival.arrays["b"] == filled(4 << 20, 3)).all()
+    arrival.wait(20)
+    arrival.close()
+""" + f"""
+pid, url = start(destination, "unix:{tmp_path}/a")
+next_pid, next_url = start(next_destination, "unix:{tmp_path}/b")
+""" + """
+a = uffd.zeros(N // 8, np.int64, backing="shared", engine=ENGINE)
+b = uffd.from_provider(providers.Memory(filled(4 << 20, 3)), (N // 16,), np.int64, backing="shared", engine=ENGINE)
+a[:] = filled(N)
+outgoing = migrate.connect(url, {"a": a, "b": b})
+outgoing.precopy()
+a[0] = 4
+outgoing.cancel()
+outgoing.close()
+assert a[0] == 4 and (a[1:] == filled(N)[1:]).all()
+a[0] = 5
+assert b[9] == 30
+with migrate.connect(url, {"a": a, "b": b}) as outgoing:
+    t0 = time.monotonic()
+    outgoing.switchover(next_url.encode())
+    report = outgoing.wait(20)
+touch = threading.Thread(target=a.sum, daemon=True)
+touch.start()
+time.sleep(0.1)
+assert touch.is_alive()                         # a read, too: the memory is not here any more
+assert report.bytes_passed == N + 65536 and report.blocks.precopy == 0
+assert ended(pid) == 0 and ended(next_pid) == 0
+os._exit(0)
+""")

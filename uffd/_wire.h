@@ -1,0 +1,167 @@
+/* What a migration's threads ask of sockets and of memory. Blocking calls answer 0 or -errno; none raises SIGPIPE. */
+#ifndef UFFD_WIRE_H
+#define UFFD_WIRE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <poll.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* The head of every frame of the core, in the byte order of both ends (which they compare before). */
+struct wire_head {
+    uint32_t kind;
+    uint32_t part;
+    uint64_t block;
+    uint32_t count;
+    uint32_t nbytes;            /* of what follows */
+    uint64_t extra;
+};
+_Static_assert(sizeof(struct wire_head) == 32, "the head of a frame is what goes over the wire");
+
+/* Waits until the socket is ready for `events`: 0, -ETIMEDOUT, or -errno. A closed or broken one is ready. */
+static inline int wire_ready(int fd, short events, int timeout_ms)
+{
+    struct pollfd p = {.fd = fd, .events = events};
+    int n;
+    do {
+        n = poll(&p, 1, timeout_ms);
+    } while (n < 0 && errno == EINTR);
+    return n > 0 ? 0 : n == 0 ? -ETIMEDOUT : -errno;
+}
+
+/* Sends a head and what follows it, whole. -ETIMEDOUT: nothing was taken for timeout_ms. */
+static inline int wire_send(int fd, const struct wire_head *head, const void *data, size_t nbytes, int timeout_ms)
+{
+    struct iovec part[2] = {{(void *)(uintptr_t)head, sizeof *head}, {(void *)(uintptr_t)data, nbytes}};
+    struct msghdr message = {.msg_iov = part, .msg_iovlen = nbytes ? 2 : 1};
+    int err;
+    while (message.msg_iovlen) {
+        ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n < 0) {
+            if (errno == EINTR)
+                continue;
+            if (errno != EAGAIN)
+                return -errno;
+            err = wire_ready(fd, POLLOUT, timeout_ms);
+            if (err)
+                return err;
+            continue;
+        }
+        while (message.msg_iovlen && (size_t)n >= message.msg_iov->iov_len) {
+            n -= (ssize_t)message.msg_iov->iov_len;
+            message.msg_iov++;
+            message.msg_iovlen--;
+        }
+        if (message.msg_iovlen) {
+            message.msg_iov->iov_base = (char *)message.msg_iov->iov_base + n;
+            message.msg_iov->iov_len -= (size_t)n;
+        }
+    }
+    return 0;
+}
+
+/* Receives exactly nbytes. -ECONNRESET: the other side closed; -ETIMEDOUT: nothing came for timeout_ms, and `*got`
+   bytes are there, with which it can be called again. */
+static inline int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms)
+{
+    while (*got < nbytes) {
+        ssize_t n = recv(fd, (char *)buffer + *got, nbytes - *got, MSG_DONTWAIT);
+        if (n > 0) {
+            *got += (size_t)n;
+        } else if (n == 0) {
+            return -ECONNRESET;
+        } else if (errno == EAGAIN) {
+            int err = wire_ready(fd, POLLIN, timeout_ms);
+            if (err)
+                return err;
+        } else if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return 0;
+}
+
+/* A migration's name (32 bytes) and its two new connections, handed over by the process that listens. 0 or -errno, and
+   then no descriptor is left open. */
+static inline int wire_take_pair(int fd, char *name, int *pair, int timeout_ms)
+{
+    char text[64], control[CMSG_SPACE(8 * sizeof(int))];
+    struct iovec to = {text, sizeof text};
+    struct msghdr message = {.msg_iov = &to, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    int got[8], n = 0, i, err = wire_ready(fd, POLLIN, timeout_ms);
+    struct cmsghdr *c;
+    ssize_t bytes;
+    if (err)
+        return err;
+    bytes = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    if (bytes <= 0)
+        return bytes < 0 ? -errno : -ECONNRESET;
+    for (c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        n = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        memcpy(got, CMSG_DATA(c), (size_t)n * sizeof(int));
+    }
+    if (n == 2 && bytes == 32) {
+        memcpy(name, text, 32);
+        pair[0] = got[0];
+        pair[1] = got[1];
+        return 0;
+    }
+    for (i = 0; i < n; i++)
+        close(got[i]);
+    return -EPROTO;
+}
+
+/* Whether all bytes are zero; as fast as memory where they are, at once where they are not. */
+static inline int wire_is_zero(const char *p, size_t n)
+{
+    uint64_t first;
+    if (n < sizeof first) {
+        for (size_t i = 0; i < n; i++)
+            if (p[i])
+                return 0;
+        return 1;
+    }
+    memcpy(&first, p, sizeof first);
+    if (first)
+        return 0;
+    memcpy(&first, p + n - sizeof first, sizeof first);
+    return first == 0 && memcmp(p, p + 8, n - 8) == 0;
+}
+
+/* Moves the pages of a mapping that a userfaultfd watches to another address, whole page tables at once. The mapping
+   stays, empty and watched, so that every access to it faults. NULL: not possible (Linux before 5.13). */
+static inline char *wire_disarm(char *start, uint64_t len)
+{
+    void *away = mremap(start, len, len, MREMAP_MAYMOVE | 4 /* MREMAP_DONTUNMAP */, NULL);
+    return away == MAP_FAILED ? NULL : away;
+}
+
+static inline int wire_shutdown(int fd)
+{
+    return shutdown(fd, SHUT_RDWR);
+}
+
+/* The next set bit of [from, end), or end. Bits change under us: it is a hint until it is claimed. */
+static inline uint64_t wire_next_bit(const uint64_t *bits, uint64_t from, uint64_t end)
+{
+    while (from < end) {
+        uint64_t word = __atomic_load_n(&bits[from >> 6], __ATOMIC_RELAXED) >> (from & 63);
+        if (word) {
+            from += (uint64_t)__builtin_ctzll(word);
+            return from < end ? from : end;
+        }
+        from = (from | 63) + 1;
+    }
+    return end;
+}
+
+#endif
