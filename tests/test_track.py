@@ -299,29 +299,6 @@ def test_closed_regions_end_their_trackers(make):
     tracker.close()
 
 
-def test_writers_that_are_halted_wait_until_they_may_go_on(region):
-    array = region.array()
-    array[:4 * SIZE] += 1
-    tracker = uffd.track(region)
-    array[PAGE] += 1
-    tracker._watch.halt(False)
-    before = array[:6 * SIZE].copy()
-    threads = [threading.Thread(target=ctypes.memset, args=(region.address + at, 0, 1), daemon=True)  # without the GIL
-               for at in (0, PAGE, 3 * SIZE, 5 * SIZE)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(0.05)
-    assert (array[:6 * SIZE] == before).all() and all(thread.is_alive() for thread in threads)
-    assert pages_of(tracker.written()) == [1]
-    tracker._watch.resume()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
-    assert pages_of(tracker.written()) == [0, 1, 3 * SIZE // PAGE, 5 * SIZE // PAGE]
-    tracker.close()
-
-
 FORK = """
 import itertools
 where = itertools.count()

@@ -203,7 +203,6 @@ cdef struct Region_t:
     uint32_t in_child           # after a fork, shared backing: alias holds the parent's dirty blocks
     Watch_t *watch[WATCHES]     # set under registry_lock, read inside `critical`
     uint32_t watched            # how many of them there are
-    uint32_t halted             # HALT_*: nobody may write to it now
     uint64_t odd_block          # of the last SIGBUS that was none of ours, with thread delivery; a heuristic, relaxed
     uint32_t odd_count
     uint32_t gone               # torn down: what Python kept alive for it may go

@@ -7,9 +7,6 @@
 #             watch_take(w, first, end, reset, out)    which of these pages were written since they were last taken: a
 #                                                 byte each in out (or NULL), and how many; reset: they are clean again
 #             watch_end(w)
-#             writes_halt(w, kill)                from when it returns, nobody writes to a watched block: who tries
-#                                                 waits for writes_resume(r), or (kill) gets SIGSEGV. What was written
-#                                                 before is in the next watch_take. For the switch-over of a migration
 #
 # A block that is watched is always placed write-protected, and its protection is lifted page by page, at the first
 # write to each: DIRTY says that some of its pages may be writable, its marks say which. So two rules make it exact:
@@ -21,10 +18,6 @@
 #
 # What changes a block's bytes without a write (discard, a volatile page that is dropped, pages that the program
 # dropped) marks it, too. A block that left memory and came back has the marks that it had.
-
-cdef enum:
-    HALT_NONE, HALT_WAIT, HALT_KILL
-    LIFT_NO, LIFT_DONE
 
 
 # ---- marks ------------------------------------------------------------------------------------------------------
@@ -114,28 +107,28 @@ cdef uint64_t bits_spread(uint64_t *bits, uint64_t first, uint64_t end, bint cle
 
 cdef bint lift_page(Slot *s, Region_t *r, uint64_t address) noexcept nogil:
     """A write to a protected page of a watched block that is there: marked and lifted, and its block is DIRTY. False:
-    the block is in no state for that, or is not watched. While writes are halted the writer sleeps on, or is killed."""
+    the block is in no state for that, or is not watched. While a migration has stopped writers, it sleeps on."""
     cdef uint64_t page = (address - <uint64_t>r.base) / PAGE, b = (address - <uint64_t>r.base) >> r.shift
-    cdef uint32_t word, halted
+    cdef uint32_t word, frozen
     cdef bint lifted = False
     critical_enter(s)
     word = u32_load(&r.state[b])
-    halted = u32_load_seq(&r.halted)
+    frozen = u32_load_seq(&r.frozen)
     if not watched_run(r, b, b + 1) or word & STATE_MASK != CLEAN and word & STATE_MASK != DIRTY:
         critical_leave(s)
         return False
-    if halted == HALT_NONE and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
+    if not frozen and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
         mark_pages(r, page, page + 1)
         unprotect_pages(r, page, page + 1)
         mark_pages(r, page, page + 1)
         publish(r, b, 1, DIRTY)
         lifted = True
     critical_leave(s)
-    if halted == HALT_KILL:
-        forbid_write(r, b)
-    elif halted and r.is_inline:
-        futex_wait(&r.halted, halted, SECOND_NS)
-    return lifted or halted != HALT_NONE
+    if frozen:
+        wire_parked(r)
+        if r.is_inline:
+            futex_wait(&r.frozen, 1, SECOND_NS)
+    return lifted or frozen != 0
 
 
 cdef bint lift_whole(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
@@ -145,7 +138,7 @@ cdef bint lift_whole(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
     cdef bint lifted = False
     critical_enter(s)
     word = u32_load(&r.state[b])
-    if (word & STATE_MASK == CLEAN or word & STATE_MASK == DIRTY) and not u32_load_seq(&r.halted) and \
+    if (word & STATE_MASK == CLEAN or word & STATE_MASK == DIRTY) and not u32_load_seq(&r.frozen) and \
             u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
         mark_block(r, b)
         unprotect(r, b, 1)
@@ -330,40 +323,6 @@ cdef uint64_t take_absent(Watch_t *w, uint64_t b, uint32_t word, uint64_t first,
     return n
 
 
-# ---- stopping writers -------------------------------------------------------------------------------------------
-
-cdef void writes_halt(Watch_t *w, bint kill) noexcept nogil:
-    """Nobody writes to a block that is watched, from when this returns: pages that are writable still are taken away
-    here, and stay marked as written for the next watch_take."""
-    u32_store_seq(&w.region.halted, HALT_KILL if kill else HALT_WAIT)
-    settle_all(w.region.engine)             # who lifts a page has seen it, or is done
-    protect_all(w)
-
-
-cdef void protect_all(Watch_t *w) noexcept nogil:
-    """Protects the marked pages, and leaves their marks."""
-    cdef uint8_t found[512]
-    cdef uint64_t at = w.first, stop, i
-    while at < w.end:
-        stop = u64_min(w.end, at + 512)
-        memset(found, 0, sizeof(found))
-        if bits_any(w.bits, at - w.first, stop - w.first) and watch_take(w, at, stop, True, found):
-            for i in range(at, stop):
-                if found[i - at]:
-                    bits_set(w.bits, i - w.first, i + 1 - w.first)
-        at = stop
-
-
-cdef void writes_resume(Region_t *r) noexcept nogil:
-    """Who waited goes on. (Those that were killed are gone.)"""
-    if u32_load(&r.halted) == HALT_KILL:
-        mprotect(r.base, r.span, PROT_READ | PROT_WRITE)
-    u32_store_seq(&r.halted, HALT_NONE)
-    futex_wake_all(&r.halted)
-    if not r.is_inline:
-        uf_wake(r.fd, <uint64_t>r.base, r.span)
-
-
 # ---- what Python sees -------------------------------------------------------------------------------------------
 
 @no_gc_clear
@@ -421,22 +380,3 @@ cdef class Watch:
             region_release(r)
         PyBuffer_Release(&view)
         return n
-
-    def halt(self, bint kill):
-        """Stops who writes; see writes_halt."""
-        cdef Watch_t *w = self.w
-        cdef Region_t *r
-        if w == NULL:
-            raise ValueError("the tracker is closed")
-        r = _live(self.region)
-        _hold(r)
-        with nogil:
-            writes_halt(w, kill)
-            region_release(r)
-
-    def resume(self):
-        cdef Region_t *r = _live(self.region)
-        _hold(r)
-        with nogil:
-            writes_resume(r)
-            region_release(r)

@@ -1,6 +1,6 @@
 # Migration, the source's side: writes are seen, and stopped.
 #
-# Uses:     _wire.pxi; settle of _fill.pxi
+# Uses:     _wire.pxi; settle_all of _track.pxi
 # Provides: each_part (protects, collects, stops), source_thaw, guard_main (the thread that sees writes to memory that
 #           is not ours); part_written and wire_parked (called where a region of ours is written)
 #
@@ -70,7 +70,7 @@ cdef int protect_blocks(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint64_t 
     return protect_at(w.guard_fd, start, end - start, UF_WRITEPROTECT_WP) if start < end else 0
 
 
-cdef int protect_all(Wire_t *w, Part_t *p, Region_t *r) noexcept nogil:
+cdef int part_protect(Wire_t *w, Part_t *p, Region_t *r) noexcept nogil:
     """From here on every write is seen. Of a region only what is dirty lacks protection."""
     cdef uint64_t b = 0, last = 0, first
     cdef int err = 0
@@ -113,7 +113,7 @@ cdef int collect(Wire_t *w, Part_t *p, Region_t *r, uint64_t *found) noexcept no
 
 
 cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept nogil:
-    """protect_all (first) or collect for every part; freeze: writers wait from here on. 0 or -errno."""
+    """part_protect (first) or collect for every part; freeze: writers wait from here on. 0 or -errno."""
     cdef uint32_t i
     cdef Region_t *r
     cdef int err = 0
@@ -130,11 +130,11 @@ cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept
                 break
             if freeze:
                 u32_store_seq(&r.frozen, 1)
-                settle(r.engine)            # who did not see it has told by then what it made writable
+                settle_all(r.engine)        # who did not see it has told by then what it made writable
         if w.part[i].passed:
             err = source_disarm(w, &w.part[i], r) if freeze else 0
         else:
-            err = protect_all(w, &w.part[i], r) if first else collect(w, &w.part[i], r, found)
+            err = part_protect(w, &w.part[i], r) if first else collect(w, &w.part[i], r, found)
         if freeze and r == NULL and err == 0 and not w.part[i].whole:
             keep_edges(&w.part[i])
         if r != NULL:
