@@ -1,8 +1,8 @@
 # Bringing blocks in before the touch: read-ahead by pattern, and the jobs of prefetch and populate.
 #
 # Uses:     begin_run, finish_run of _fill.pxi; region_acquire of _inline.pxi
-# Provides: ahead_note (a demand fault was seen), hand_off (a fault that a worker shall serve), job_post, job_cancel,
-#           serve_one_piece (a worker has time), announce_idle/withdraw_idle/wake_worker
+# Provides: ahead_note (a demand fault was seen), hand_off (a fault that a worker shall serve), repair_ask (a block that
+#           lacks pages), job_post, job_cancel, serve_one_piece (a worker has time), announce_idle/withdraw_idle/wake_worker
 #
 # Order of service: handed-off faults, populate (somebody waits), read-ahead, prefetch. A worker looks for faults
 # between any two pieces, so a touch waits for at most one piece of PIECE_BYTES per worker.
@@ -63,11 +63,38 @@ cdef void serve_piece(Slot *s, Piece *p, uint32_t cause) noexcept nogil:
     if r == NULL:
         return
     stage(s, r, H_QUEUE, now_ns() - p.since_ns)
-    if r.hosted:
+    if p.stride == 0:
+        repair_piece(s, r, p.first)
+    elif r.hosted:
         hosted_piece(r, p)
     else:
         fill_piece(s, r, p, cause)
     region_release(r)
+
+
+cdef void repair_ask(Region_t *r, uint64_t b) noexcept nogil:
+    """Has a worker bring back what the program dropped of a dirty block: without it the block can't be stored. A full
+    ring forgets it: who needs it asks again."""
+    cdef Piece p
+    if r.write_again_ns and now_ns() < r.write_again_ns:
+        return
+    p.region_id = r.id
+    p.first = b
+    p.count = 1
+    p.stride = 0
+    p.write = 1
+    p.since_ns = now_ns()
+    if ring_put(r.engine.demand, &p):
+        wake_worker(r.engine)
+
+
+cdef void repair_piece(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    cdef uint32_t state = u32_load(&r.state[b]) & STATE_MASK
+    if state == POOLED_DIRTY and is_shared(r) and lacks_pages(r, b):
+        rescue(s, r, b, True)               # its pages can only be put in where they are missed
+        state = u32_load(&r.state[b]) & STATE_MASK
+    if state == DIRTY and lacks_pages(r, b) and not u32_load(&r.closing):
+        repair_run(s, r, b, DIRTY, REPAIR)
 
 
 cdef void fill_piece(Slot *s, Region_t *r, Piece *p, uint32_t cause) noexcept nogil:

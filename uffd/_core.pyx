@@ -193,7 +193,7 @@ cdef void resolve_present(Slot *s, Region_t *r, uint64_t b, uint32_t state, uint
     elif block_present(r, b):
         uf_wake(r.fd, <uint64_t>start, len)
     else:
-        repair_run(s, r, b, state)
+        repair_run(s, r, b, state, DEMAND)
 
 
 cdef void demand_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint write, uint64_t t0) noexcept nogil:

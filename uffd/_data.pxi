@@ -84,6 +84,7 @@ cdef enum:                      # the state of a block: the low bits of its word
 
 cdef enum:                      # why a block is filled
     DEMAND, READAHEAD, PREFETCH, POPULATE
+    REPAIR                      # the program dropped pages of a dirty block, which can't be stored without them
 
 cdef enum:                      # counters of a region
     C_FAULTS_READ, C_FAULTS_WRITE, C_FAULTS_WP, C_DEMAND, C_READAHEAD, C_PREFETCH, C_BYTES, C_DUPLICATES

@@ -290,6 +290,8 @@ cdef uint32_t move_to_pool(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_
         fate[moved >> r.shift] = GO_GONE
         return <uint32_t>(moved >> r.shift)
     count(s, r, C_EVICT_BUSY, 1)
+    if err == -ENOENT:
+        repair_ask(r, b + (moved >> r.shift))   # dirty: what is left of it can't be stored without the rest
     if part:
         move_back(r, start + moved, slot + moved, part, pooled[0] == POOLED)
     return <uint32_t>(moved >> r.shift)
@@ -449,6 +451,7 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     cdef bint copies = not shared and (not can_move or protect and not r.guard)
     cdef uint64_t span = block_span(r, b)
     cdef bint came = False, charged = False
+    cdef int err = 0
     s.no_room = 0
     if state != POOLED and state != POOLED_DIRTY:
         return False
@@ -459,13 +462,16 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     critical_enter(s)
     if claim(s, r, b, state):
         if shared:
-            came = place_run(r, OP_CONTINUE, <uint64_t>(r.base + (b << r.shift)), 0, span,
-                             UF_CONTINUE_WP if protect else 0) >= 0
+            err = place_run(r, OP_CONTINUE, <uint64_t>(r.base + (b << r.shift)), 0, span,
+                            UF_CONTINUE_WP if protect else 0)
+            came = err >= 0 or err == -EFAULT   # a hole: the program dropped pages. The touch asks again, for them
         else:
             came = bring_in(r, b, protect, copies, charged)
         if came:
             count(s, r, C_RESCUED, 1)
             publish(r, b, 1, CLEAN if protect or state == POOLED and not r.writable else DIRTY)
+            if err == -EFAULT:
+                uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), span)
         else:
             publish(r, b, 1, state)
             uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), span)    # it asks again

@@ -555,14 +555,15 @@ cdef bint block_present(Region_t *r, uint64_t b) noexcept nogil:
     return True
 
 
-cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state, uint32_t cause) noexcept nogil:
     """A block that is CLEAN or DIRTY lacks pages: the program dropped them with madvise. They come back as the
-    provider has them; what was written to them is gone, as it is with a private mapping of a file."""
+    provider has them; what was written to them is gone, as it is with a private mapping of a file. For a touch
+    (DEMAND), or to be stored (REPAIR)."""
     if r.minor and remap_block(s, r, b, state):
         return
     if r.hosted:
-        hosted_repair(s, r, b, state)
-    elif begin_run(s, r, b, 1, state == DIRTY, DEMAND, state):
+        hosted_repair(s, r, b, state, cause)
+    elif begin_run(s, r, b, 1, state == DIRTY, cause, state):
         count(s, r, C_REPAIRED, 1)
         finish_run(s, r)
     else:
@@ -612,6 +613,11 @@ cdef void fail_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t tries, 
     note.block = b
     note.error = err
     note.tries = tries
+    if s.cause == REPAIR:                   # what is left of it stays, dirty; filled aside, so a late fill does no harm
+        write_pauses(r)
+        note_unwritten(r, b, err, tries)
+        publish(r, b, 1, DIRTY)
+        return
     if r.minor and u32_load(&r.state[b]) & KEPT == 0:
         fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <int64_t>(b << r.shift),
                   <int64_t>block_span(r, b))                # half-filled pages must never be mapped

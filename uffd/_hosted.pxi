@@ -263,7 +263,7 @@ cdef uint32_t hosted_run(Slot *s, Region_t *r, uint64_t b, uint32_t n, bint writ
     return got
 
 
-cdef void hosted_repair(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
+cdef void hosted_repair(Slot *s, Region_t *r, uint64_t b, uint32_t state, uint32_t cause) noexcept nogil:
     """A block of which the program dropped pages is asked for again: in the SIGBUS handler by the toucher itself, else
     by the request's own thread."""
     cdef Slot *c = carrier_borrow(r.engine, r, True)
@@ -273,7 +273,7 @@ cdef void hosted_repair(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexce
         leave_blocking(s)
     if s.kind == SLOT_INLINE:
         u32_store(&c.tid, <uint32_t>thread_id())
-    if not begin_run(c, r, b, 1, state == DIRTY, DEMAND, state):
+    if not begin_run(c, r, b, 1, state == DIRTY, cause, state):
         uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))
         carrier_return(c)
         return

@@ -291,7 +291,7 @@ cdef int inline_present(Region_t *r, uint64_t b, int write, uint32_t state) noex
     elif state == DIRTY and r.protect:
         lift_again(s, r, b)
     if not block_present(r, b):
-        repair_run(s, r, b, state)
+        repair_run(s, r, b, state, DEMAND)
         if u32_load(&r.state[b]) & STATE_MASK == POISONED:
             verdict = BUS_NOT_OURS
     inline_return(r.engine, s)

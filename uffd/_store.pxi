@@ -1,8 +1,8 @@
 # Writing back: dirty blocks go to their store, which is the region's provider or, for private memory, a spill file.
 #
 # Uses:     the states of _fill.pxi, claim_out, copy_resident and slots of _evict.pxi; host_store of _hosted.pxi
-# Provides: writer_main, writer_ask (a block left its region dirty), flush_blocks, sync_store; spill_read, spill_fork,
-#           spill_close
+# Provides: writer_main, writer_ask (a block left its region dirty), write_range, sync_store, note_unwritten; lacks_pages
+#           (dropped by the program); spill_read, spill_fork, spill_close
 #
 #   DIRTY        > COPYING (protected, copied) > CLEAN + WRITING      its bytes are on their way
 #   POOLED_DIRTY > COPYING (copied)            > POOLED + WRITING     the same, moved out
@@ -104,10 +104,47 @@ cdef uint64_t write_range(Slot *s, Region_t *r, uint64_t first, uint64_t end, bi
         got = write_run(s, r, b, end, resident)
         if got == 0 and resident:
             continue                        # it changed meanwhile: evicted, rescued, written by somebody else
-        if got == CANNOT and resident:
+        if got == CANNOT and lacks_pages(r, b):
+            if not resident:
+                repair_ask(r, b)            # the writer waits for no fill: it is asked again before the block goes
+            elif repair_wait(r, b, until):
+                continue
+        elif got == CANNOT and resident:
             note_unwritten(r, b, -EFAULT, 1)
         b += got if 0 < got < CANNOT else 1
     return b
+
+
+cdef bint lacks_pages(Region_t *r, uint64_t b) noexcept nogil:
+    """Whether the program dropped pages of a block that is there, or in the pool. Shared ones are looked for in the
+    file: a hole in it reads as zeros, which nobody wrote."""
+    cdef int64_t start = <int64_t>(b << r.shift)
+    if is_shared(r):
+        return file_hole(r.memfd, start) < start + <int64_t>block_span(r, b)
+    return u32_load(&r.state[b]) & STATE_MASK == DIRTY and not block_present(r, b)
+
+
+cdef bint repair_wait(Region_t *r, uint64_t b, uint32_t *until) noexcept nogil:
+    """Has a dirty block made whole, as a touch would, and waits for it within the region's time; False, and noted, where
+    its provider fails."""
+    cdef BlockError *note = &r.write_error[b & (ERRORS - 1)]
+    cdef uint64_t failures = u64_load(&r.write_failures), asked = 0, now = now_ns(), deadline = now + r.timeout_ns
+    cdef uint32_t word
+    while until == NULL or not u32_load(until):
+        word = u32_load(&r.state[b])
+        if not is_busy(word & STATE_MASK) and not (is_dirty(word & STATE_MASK) and lacks_pages(r, b)):
+            return True
+        if note.block == b and note.error and note.at > failures:
+            return False
+        now = now_ns()
+        if now > deadline:
+            note_unwritten(r, b, -ETIMEDOUT, 1)
+            return False
+        if now - asked > SECOND_NS or asked == 0:
+            repair_ask(r, b)
+            asked = now
+        wait_for_word(r, b, word, SLICE_NS)
+    return True
 
 
 cdef void wait_for_write(Region_t *r, uint64_t b) noexcept nogil:
@@ -201,8 +238,8 @@ cdef int copy_block(Slot *s, Region_t *r, uint64_t b, uint32_t state, char *targ
         return 0
     if not stays and state == DIRTY and uf_writeprotect(r.fd, <uint64_t>start, span, UF_WRITEPROTECT_WP) != 0:
         done = False                        # an madvise split it (older kernels): it stays dirty
-    elif shared:
-        memcpy(target, r.alias + (b << r.shift), span)
+    elif shared:                            # read, not touched: a page that is not there stays a hole, and is found
+        done = pread_all(r.memfd, target, span, b << r.shift) == 0 and not lacks_pages(r, b)
     elif state == DIRTY:
         done = copy_resident(s, r, b, target)
     else:
@@ -267,10 +304,7 @@ cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uin
             u32_store(&r.unsynced, 1)
     else:
         count(s, r, C_WRITE_ERRORS, 1)
-        r.write_pause_ns = WRITE_PAUSE_NS if r.write_pause_ns == 0 else r.write_pause_ns * 2
-        if r.write_pause_ns > SECOND_NS:
-            r.write_pause_ns = SECOND_NS
-        r.write_again_ns = now_ns() + r.write_pause_ns
+        write_pauses(r)
     for i in range(b, b + n):
         if err != 0:
             note_unwritten(r, i, err, r.retries + 1)
@@ -284,6 +318,12 @@ cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uin
     futex_wake_all(&r.write_turn)
     if r.engine.limit != NO_LIMIT:
         evictor_ring(r.engine)
+
+
+cdef void write_pauses(Region_t *r) noexcept nogil:
+    """Something failed: what asks by itself waits a while, longer each time."""
+    r.write_pause_ns = u64_min(SECOND_NS, WRITE_PAUSE_NS if r.write_pause_ns == 0 else r.write_pause_ns * 2)
+    r.write_again_ns = now_ns() + r.write_pause_ns
 
 
 cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t epoch) noexcept nogil:

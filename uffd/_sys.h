@@ -388,6 +388,13 @@ static inline unsigned sys_pressure(const char *path)
     return *path ? (unsigned)sys_file_number(path, "some avg10=", 0) : 0;
 }
 
+/* The first hole of a file from `start` on, its end if it has none. What can't be told counts as none. */
+static inline int64_t file_hole(int fd, int64_t start)
+{
+    off_t hole = lseek(fd, start, SEEK_HOLE);
+    return hole >= 0 ? hole : errno == ENXIO ? start : INT64_MAX;
+}
+
 /* A file without a name in a folder, for this process alone; gone with its last descriptor. */
 static inline int sys_unnamed_file(const char *folder)
 {

@@ -77,6 +77,7 @@ cdef extern from "_sys.h" nogil:
     uint64_t sys_cgroup_room(const char *limit_path, const char *usage_path, const char *stat_path,
                              uint64_t used) noexcept
     unsigned int sys_pressure(const char *path) noexcept
+    int64_t file_hole(int fd, int64_t start) noexcept
     int sys_unnamed_file(const char *folder) noexcept
     int sys_memfd(const char *name) noexcept
     int sys_eventfd() noexcept

@@ -397,6 +397,7 @@ struct store {
     _Atomic uint32_t *counts;          /* writes per block, NULL: not counted */
     _Atomic uint32_t *running;
     _Atomic uint32_t overlaps;         /* writes of a block begun while another write of it ran */
+    _Atomic uint32_t fail_reads;       /* reads answer EIO while it is set */
 };
 
 int store_read(void *self, uint64_t offset, void *block, size_t nbytes)
@@ -405,6 +406,8 @@ int store_read(void *self, uint64_t offset, void *block, size_t nbytes)
     atomic_fetch_add(&s->reads, 1);
     if (offset + nbytes > s->nbytes)
         return -EFBIG;
+    if (atomic_load(&s->fail_reads))
+        return -EIO;
     memcpy(block, s->bytes + offset, nbytes);
     return 0;
 }

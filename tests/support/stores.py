@@ -21,7 +21,7 @@ class Store(ctypes.Structure):
         ("gate_closed", ctypes.c_uint32), ("gate_waiters", ctypes.c_uint32),
         ("count_block_bytes", ctypes.c_uint64),
         ("counts", ctypes.c_void_p), ("running", ctypes.c_void_p),
-        ("overlaps", ctypes.c_uint32),
+        ("overlaps", ctypes.c_uint32), ("fail_reads", ctypes.c_uint32),
     ]
 
     def fail(self, start, stop, answer, times=FOR_EVER, keeps=0):
