@@ -2,7 +2,8 @@
 #
 # Uses:     begin_run, finish_run of _fill.pxi; region_acquire of _inline.pxi
 # Provides: ahead_note (a demand fault was seen), hand_off (a fault that a worker shall serve), repair_ask (a block that
-#           lacks pages), job_post, job_cancel, serve_one_piece (a worker has time), announce_idle/withdraw_idle/wake_worker
+#           lacks pages), job_post, job_cancel, serve_one_piece (a worker has time), announce_idle, withdraw_idle,
+#           wake_worker
 #
 # Order of service: handed-off faults, populate (somebody waits), read-ahead, prefetch. A worker looks for faults
 # between any two pieces, so a touch waits for at most one piece of PIECE_BYTES per worker.

@@ -37,8 +37,9 @@ cdef enum:
     HOSTED_SLOT = MAX_WORKERS + INLINE_SLOTS            # one per request of a host, and one for what it offers
     KEEPER_SLOT = HOSTED_SLOT + MAX_HOSTS * 33
     EVICTOR_SLOT = KEEPER_SLOT + 1
-    WRITER_SLOT = EVICTOR_SLOT + 1                      # of the thread that writes back
-    CALL_SLOT = WRITER_SLOT + 1                         # of API calls that evict, write back or discard, by turns
+    WRITER_SLOT = EVICTOR_SLOT + 1                      # of threads that write back: the writer, and flushes
+    WRITERS = 8
+    CALL_SLOT = WRITER_SLOT + WRITERS                   # of API calls that evict or discard, by turns
     CALL_SLOTS = 4
     MAX_SLOTS = CALL_SLOT + CALL_SLOTS
     BATCH = 64                  # messages of one read
@@ -100,7 +101,7 @@ cdef enum:                      # how a native provider is called
     FILL_ZERO, FILL_DIRECT, FILL_CALL, FILL_HOST
 
 cdef enum:                      # a slot's life, and the phase of its fill
-    SLOT_FREE, SLOT_WORKER, SLOT_RETIRED, SLOT_INLINE, SLOT_HOSTED
+    SLOT_FREE, SLOT_WORKER, SLOT_RETIRED, SLOT_INLINE, SLOT_HOSTED, SLOT_WRITER
     IDLE = 0
     BUSY = 1                    # the provider has the block; the keeper may take the blocks away (-> TIMED_OUT)
     PLACING = 2                 # the kernel has them; nobody may
@@ -262,6 +263,9 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint32_t recycled_at
     uint32_t torn               # evicting: pages that it was copying were dropped by the program,
     uint64_t torn_page[64]      # these; MAX_BLOCK_BYTES of the smallest pages
+    uint64_t write_ns           # inside a call of a native store since then, for region_id and `first`; 0: not
+    uint64_t write_limit_ns     # after so long it hangs
+    uint64_t give_up_ns         # of one that waits for writes of others, whom nobody can tell to stop; 0: none
     uint64_t room_since_ns      # a touch waits for room since then; 0: none does
     uint8_t pad[64]
 
@@ -391,7 +395,8 @@ cdef struct Engine_t:
     uint32_t room_waiters
     uint32_t bell               # futex: the evictor is to look
     uint32_t write_bell         # futex: the writer is to look
-    uint32_t evictors           # threads: evictor and writer; futex
+    uint32_t evictors           # threads: evictor, writers, flushes; futex
+    uint32_t writer             # the slot of the background writer; an older one ends
     uint64_t full_wanted        # fills that asked for a recycled buffer; the evictor takes it down
     uint64_t residence_ns       # a block that came stays at least so long; adapts
     Notes *notes

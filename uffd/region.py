@@ -317,8 +317,10 @@ class Region(_core.Region):
         """Writes back all that was written, and has the provider make it durable; blocks until it is.
 
         Regions whose mode is not "r+" have nothing to write back. ProviderError for what could not be written: it stays
-        in memory, dirty, and is tried again (`failed` has [(offset, nbytes, errno), ...]); TimeoutError when timeout_s
-        is over first. Ctrl-C interrupts it. What other threads write meanwhile may or may not be in it.
+        in memory, dirty, and is tried again (`failed` has [(offset, nbytes, errno), ...]); one that is a TimeoutError,
+        too, when timeout_s is over first, or when a native store does not answer for the region's timeout_s (a write
+        that hangs can't be ended: its block is written again only after it has come back). Ctrl-C interrupts it. What
+        other threads write meanwhile may or may not be in it.
         """
         self._check_open()
         self._flush(timeout_s)
@@ -328,24 +330,40 @@ class Region(_core.Region):
             return
         blocks = -(-self.nbytes // self.block_bytes)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._write_back(np.array([[0, blocks]], np.int64), timeout_s)
-        number = _core.sync(self)
+        runs = np.array([[0, blocks]], np.int64)
+        self._write_back(runs, timeout_s)
+        answer, number = _core.sync(self, _left_ns(deadline))
+        if answer:
+            raise self._late(answer, runs, timeout_s, "written, but not made durable")
         if number:
             raise ProviderError(number, f"region {self.name!r}: {_title(self.provider)} could not make durable what "
                                 f"was written: {os.strerror(number)}", region=self.name, offset=0, nbytes=self.nbytes,
                                 tries=1, provider_traceback=self._text_of((1 << 64) - 1))
-        if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: written, but not made durable in {timeout_s} s")
 
     def _write_back(self, runs: np.ndarray, timeout_s: float | None) -> None:
         timeout_ns = None if timeout_s is None else max(0, int(timeout_s * 1e9))
         since = _core.write_failures(self)
-        if not _core.write_back(self, runs, timeout_ns):
-            raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: not written back within {timeout_s} s; "
-                               f"{_core.unwritten(self)} blocks are left")
+        answer = _core.write_back(self, runs, timeout_ns)
+        if answer:
+            raise self._late(answer, runs, timeout_s, "not written back")
         failed = [entry for first, end in runs.tolist() for entry in _core.write_errors(self, first, end, since)]
         if failed:
             raise self._write_error(failed)
+
+    def _late(self, answer: int, runs: np.ndarray, timeout_s: float | None, what: str) -> ProviderError:
+        """A flush that did not end in its time (1), or whose native store has not answered for the region's (2)."""
+        left = [b for first, end in runs.tolist() for b in _core.under_way(self, first, end, 64)][:64]
+        time_s = timeout_s if answer == 1 else self._options["timeout_s"]
+        block = left[0] if left else 0
+        size = min(self.block_bytes, self.nbytes - block * self.block_bytes)
+        error = _NotInTime(
+            errno.ETIMEDOUT, f"region {self.name!r}: {what} within {time_s} s by {_title(self.provider)}; "
+            f"{_core.unwritten(self)} blocks are left, they stay in memory" + (
+                f", the first at offset {block * self.block_bytes}" if left else ""),
+            region=self.name, offset=block * self.block_bytes, nbytes=size, tries=1)
+        error.failed = [(b * self.block_bytes, min(self.block_bytes, self.nbytes - b * self.block_bytes),
+                         errno.ETIMEDOUT) for b in left]
+        return error
 
     def _write_error(self, failed: list[tuple[int, int, int]]) -> ProviderError:
         block, number, tries = failed[0]
@@ -433,6 +451,10 @@ class Region(_core.Region):
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes} bytes from {_title(self.provider)}"
         return f"<uffd.Region {self.name!r}: {state}>"
+
+
+class _NotInTime(ProviderError, TimeoutError):
+    """Of a flush: both, so that it is caught as either."""
 
 
 class Prefetch:
