@@ -304,10 +304,19 @@ cdef inline void write_enters(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
 cdef void write_hosted(Slot *c, Region_t *r) noexcept nogil:
     """The carrier's thread: the rest of write_run."""
     cdef Carrier *k = c.carrier
-    cdef uint64_t t0 = now_ns()
-    cdef int err = host_store(c, r, k.first << r.shift, run_bytes(r, k.first, k.count))
+    cdef uint64_t t0 = now_ns(), first = k.first, i
+    cdef uint32_t n = <uint32_t>k.count
+    cdef int err = host_store(c, r, first << r.shift, run_bytes(r, first, n), n > 1)
     stage(c, r, H_WRITE, now_ns() - t0)
-    acknowledge(c, r, k.first, <uint32_t>k.count, err, 0)
+    if err == 0 or n == 1 or err == -ETIMEDOUT:     # one that hangs would hang again, block by block
+        acknowledge(c, r, first, n, err, 0)
+        return
+    count(c, r, C_WRITE_ERRORS, 1)
+    for i in range(n):                      # one bad block does not take its neighbours along
+        if i:
+            memcpy(c.staging, c.staging + (i << r.shift), run_bytes(r, first + i, 1))
+        err = host_store(c, r, (first + i) << r.shift, run_bytes(r, first + i, 1), False)
+        acknowledge(c, r, first + i, 1, err, 0)
 
 
 cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uint32_t epoch) noexcept nogil:
