@@ -83,6 +83,12 @@ cdef enum:                      # the state of a block: the low bits of its word
     GENERATION_SHIFT = 19       # 13 bits, one more at each claim: no word recurs while somebody compares with it
     GENERATION_ONE = 1 << 19
 
+cdef enum:                      # of a block that a native store has acknowledged, and that was not made durable since
+    SYNCED, UNSYNCED, SYNCING
+    SYNC_MASK = 3
+    LEFT = 4                    # it has left memory since: what is here now was read from the store again
+    LOST = 8                    # a sync failed, and it had left
+
 cdef enum:                      # why a block is filled
     DEMAND, READAHEAD, PREFETCH, POPULATE
     REPAIR                      # the program dropped pages of a dirty block, which can't be stored without them
@@ -184,7 +190,8 @@ cdef struct Region_t:
     uint32_t *node              # the policy's node of the block, perhaps a stale one: under policy_lock
     uint32_t *place             # of a pooled block: its slot in the pool; written before POOLED is published
     uint8_t *pins               # calls that pinned the block; 255: for good
-    uint8_t *spill              # of a spilled block: which of the spill files
+    uint8_t *spill              # of a spilled block: which of the spill files. Where a native store is written back to:
+                                # UNSYNCED .. LOST, by CAS
     Spill_t *spills             # private regions; NULL: nothing can be written back
     char name[80]
     char provider[80]
@@ -206,6 +213,8 @@ cdef struct Region_t:
     uint64_t pinned_blocks
     uint64_t pooled_bytes       # relaxed; for who looks
     uint64_t write_failures     # so many, ever
+    uint32_t syncing            # one at a time, by CAS
+    int32_t sync_lost           # a sync failed after blocks had left memory that it was for; which ones: LOST
     uint32_t unsynced           # the provider acknowledged writes that were not made durable yet
     BlockError write_error[ERRORS]  # of blocks whose write failed, by number modulo ERRORS
     Region_t *next_dying

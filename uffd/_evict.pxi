@@ -660,6 +660,7 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
         elif state == CLEAN or state == DIRTY or state == POOLED or state == POOLED_DIRTY:
             if u8_load(&r.pins[b]) or not discard_block(s, r, b, state):
                 return b
+        lost_forget(r, b)
         b += 1
     return b
 

@@ -1,6 +1,6 @@
 # Threads that write back: who waits for a store can give up, and a store that hangs keeps nobody but its own blocks.
 #
-# Uses:     write_range, sync_store of _store.pxi; region_release of _inline.pxi; thread_spawn of _life.pxi
+# Uses:     write_range of _store.pxi; sync_store of _sync.pxi; region_release of _inline.pxi; thread_spawn of _life.pxi
 # Provides: work_begin, work_wait, work_leave (what a flush has done by a thread of its own), writers_look (the keeper's),
 #           writer_start, slot_for_write
 #

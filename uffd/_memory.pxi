@@ -320,6 +320,19 @@ def unwritten(Region region not None):
     return n
 
 
+def lost(Region region not None, uint32_t most):
+    """Up to `most` blocks that had left memory when a sync failed that was for them, too: [block, ...]."""
+    cdef Region_t *r = _live(region)
+    cdef uint64_t b = 0, last = 0
+    cdef list found = []
+    while r.sync_lost and len(found) < most and next_known(r, &b, &last):
+        while b < last and len(found) < most:
+            if u8_load(&r.spill[b]) & LOST:
+                found.append(b)
+            b += 1
+    return found
+
+
 def under_way(Region region not None, uint64_t first, uint64_t end, uint32_t most):
     """Up to `most` blocks of [first, end) whose bytes the store does not have, those first that it was given and has not
     answered for: [block, ...]."""

@@ -1,7 +1,7 @@
 # Writing back: dirty blocks go to their store, which is the region's provider or, for private memory, a spill file.
 #
 # Uses:     the states of _fill.pxi, claim_out, copy_resident and slots of _evict.pxi; host_store of _hosted.pxi
-# Provides: writer_main, writer_ask (a block left its region dirty), write_range, sync_store, note_unwritten;
+# Provides: writer_main, writer_ask (a block left its region dirty), write_range, note_unwritten;
 #           lacks_pages (dropped by the program); spill_read, spill_fork, spill_close
 #
 #   DIRTY        > COPYING (protected, copied) > CLEAN + WRITING      its bytes are on their way
@@ -374,34 +374,13 @@ cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t 
         if err == 0 and not r.writes_back:
             r.spill[b] = <uint8_t>epoch     # nobody reads it before the block has left memory
             new |= SPILLED
+        elif err == 0 and not r.hosted:
+            sync_acknowledged(r, b)
         if u32_cas(&r.state[b], word, new):
             return
 
 
 # ---- flush ------------------------------------------------------------------------------------------------------
-
-cdef int sync_store(Slot *s, Region_t *r, uint32_t *until) noexcept nogil:
-    """Makes durable what the provider acknowledged. 0 or -errno. Waits for the store."""
-    cdef Slot *c
-    cdef int err = 0
-    if not r.writes_back:
-        return 0                            # private: nothing of it outlives the region
-    u32_store(&r.unsynced, 0)               # what is acknowledged from here on may not be in it
-    if r.hosted:
-        c = carrier_wait_write(r)
-        if c == NULL:
-            err = -EIO
-        else:
-            err = host_sync(c, r)
-            carrier_return(c)
-    elif r.fill.sync != NULL:
-        write_enters(s, r, 0)
-        err = r.fill.sync(r.fill.self)
-        u64_store(&s.write_ns, 0)
-    if err != 0:
-        u32_store(&r.unsynced, 1)
-    return err
-
 
 cdef bint wait_written(Region_t *r, uint64_t timeout_ns) noexcept nogil:
     """Waits a while for writes under way; True when there are none."""

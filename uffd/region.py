@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from . import _budget, keys
+from . import _budget, _unwritten, keys
 from ._coreless import core as _core
 from .engine import Engine, default_engine, fills_whole, require_userfaultfd
 from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, Unavailable
@@ -334,50 +334,20 @@ class Region(_core.Region):
         self._write_back(runs, timeout_s)
         answer, number = _core.sync(self, _left_ns(deadline))
         if answer:
-            raise self._late(answer, runs, timeout_s, "written, but not made durable")
+            raise _unwritten.late(self, answer, runs.tolist(), timeout_s, "written, but not made durable")
         if number:
-            raise ProviderError(number, f"region {self.name!r}: {_title(self.provider)} could not make durable what "
-                                f"was written: {os.strerror(number)}", region=self.name, offset=0, nbytes=self.nbytes,
-                                tries=1, provider_traceback=self._text_of((1 << 64) - 1))
+            raise _unwritten.sync_error(self, number)
 
     def _write_back(self, runs: np.ndarray, timeout_s: float | None) -> None:
         timeout_ns = None if timeout_s is None else max(0, int(timeout_s * 1e9))
         since = _core.write_failures(self)
         answer = _core.write_back(self, runs, timeout_ns)
         if answer:
-            raise self._late(answer, runs, timeout_s, "not written back")
+            raise _unwritten.late(self, answer, runs.tolist(), timeout_s, "not written back")
         failed = [entry for first, end in runs.tolist() for entry in _core.write_errors(self, first, end, since)]
         if failed:
-            raise self._write_error(failed)
-
-    def _late(self, answer: int, runs: np.ndarray, timeout_s: float | None, what: str) -> ProviderError:
-        """A flush that did not end in its time (1), or whose native store has not answered for the region's (2)."""
-        left = [b for first, end in runs.tolist() for b in _core.under_way(self, first, end, 64)][:64]
-        time_s = timeout_s if answer == 1 else self._options["timeout_s"]
-        block = left[0] if left else 0
-        size = min(self.block_bytes, self.nbytes - block * self.block_bytes)
-        error = _NotInTime(
-            errno.ETIMEDOUT, f"region {self.name!r}: {what} within {time_s} s by {_title(self.provider)}; "
-            f"{_core.unwritten(self)} blocks are left, they stay in memory" + (
-                f", the first at offset {block * self.block_bytes}" if left else ""),
-            region=self.name, offset=block * self.block_bytes, nbytes=size, tries=1)
-        error.failed = [(b * self.block_bytes, min(self.block_bytes, self.nbytes - b * self.block_bytes),
-                         errno.ETIMEDOUT) for b in left]
-        return error
-
-    def _write_error(self, failed: list[tuple[int, int, int]]) -> ProviderError:
-        block, number, tries = failed[0]
-        text = self._text_of(block)
-        why = text.strip().splitlines()[-1] if text else os.strerror(number)
-        where = _title(self.provider) if self.mode == "r+" else f"a file in {os.fsdecode(_spill_folder())}"
-        error = ProviderError(
-            number, f"region {self.name!r}: {len(failed)} blocks could not be written back to {where}, the first at "
-            f"offset {block * self.block_bytes} ({tries} tries): {why}; they stay in memory, and are tried again",
-            region=self.name, offset=block * self.block_bytes,
-            nbytes=min(self.block_bytes, self.nbytes - block * self.block_bytes), tries=tries, provider_traceback=text)
-        error.failed = [(b * self.block_bytes, min(self.block_bytes, self.nbytes - b * self.block_bytes), n)
-                        for b, n, _ in failed]
-        return error
+            raise _unwritten.write_error(self, failed, _title(
+                self.provider) if self.mode == "r+" else f"a file in {os.fsdecode(_spill_folder())}")
 
     def _flush_at_exit(self) -> None:
         if not self.gone:                        # closed ones, too, that arrays still use
@@ -451,10 +421,6 @@ class Region(_core.Region):
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes} bytes from {_title(self.provider)}"
         return f"<uffd.Region {self.name!r}: {state}>"
-
-
-class _NotInTime(ProviderError, TimeoutError):
-    """Of a flush: both, so that it is caught as either."""
 
 
 class Prefetch:
