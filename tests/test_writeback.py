@@ -680,17 +680,41 @@ assert np.array_equal(found(), right)
 
 
 def test_a_file_that_cannot_be_made_durable(where):
-    """Goal: a failing fdatasync is flush's error; it is asked again by the next one. A flush is not done without."""
+    """Goal: a failing fdatasync is flush's error, and what was written before it is not taken for stored: the kernel may
+    have dropped it, and says so only once. The next flush writes all of it again, and asks for a sync again."""
     run_script(FILE + """
+r.flush()
+a[3] = right[3] = 9
 rule = shim.Rule("fdatasync", 1, 2, errno.EIO)
-for _ in range(2):
+def fails():
     try:
         r.flush()
         raise SystemExit("nothing raised")
     except uffd.ProviderError as error:
         assert error.errno == errno.EIO and "durable" in str(error) and "weights" in str(error), error
+        return error
+for _ in range(2):
+    fails()
+    assert r.dirty().nonzero()[0].tolist() == [3], "what was flushed before that is durable"
+    pattern(3 * PAGE, PAGE).tofile("page")      # the kernel has dropped what it could not write
+    with open("data", "r+b") as file:
+        file.seek(3 * PAGE)
+        file.write(open("page", "rb").read())
 r.flush()
 assert rule.calls == 3 and rule.fired == 2
+assert np.array_equal(found(), right) and not r.dirty().any()
+a[4] = right[4] = 9
+a[5] = right[5] = 9
+r.evict((4 * PAGE, 5 * PAGE))                   # acknowledged, gone from memory, and read again from the file
+assert (a[4] == 9).all()
+rule = shim.Rule("fdatasync", 1, 1, errno.EIO)
+for _ in range(2):
+    error = fails()
+    assert error.failed == [(4 * PAGE, PAGE, errno.EIO)] and "had left memory" in str(error), error
+assert np.array_equal(found(), right), "the others are stored all the same"
+r.discard((4 * PAGE, 5 * PAGE))                 # given up
+a[6] = right[6] = 9
+r.flush()
 assert np.array_equal(found(), right)
 """, where=where, preload=shim.path()).check()
 
@@ -880,21 +904,22 @@ def test_hosted_from_end_to_end(make, engine, tmp_path):
     ("write_raises", errno.EIO, "no room here"), ("write_raises_errno", errno.ENOSPC, "the disk is full"),
     ("write_is_short", errno.EIO, "short write"), ("write_dies", None, "")])
 def test_hosted_writes_that_fail(make, tmp_path, how, number, text):
-    """Goal: flush raises with what the provider said; the block stays dirty with its bytes, the others are stored."""
+    """Goal: flush raises with what the provider said; the block stays dirty with its bytes, the others are stored, those
+    too that were written together with it."""
     path = str(tmp_path / "store")
     pattern(0, 4 * BLOCK).tofile(path)
     region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK), retries=1, timeout_s=10)
     array = region.array("u1", (4, BLOCK))
     array[1] = 7
-    array[3] = 8
+    array[2:] = 8
     with pytest.raises(uffd.ProviderError) as caught:
         region.flush()
     assert number is None or caught.value.errno == number
     assert text in (caught.value.provider_traceback or "") and text in str(caught.value)
     assert [offset for offset, _, _ in caught.value.failed] == [BLOCK]
     assert np.flatnonzero(region.dirty()).tolist() == [1]
-    assert (array[1] == 7).all() and (array[3] == 8).all()
-    assert (np.fromfile(path, "u1").reshape(4, BLOCK)[3] == 8).all()
+    assert (array[1] == 7).all() and (array[2:] == 8).all()
+    assert (np.fromfile(path, "u1").reshape(4, BLOCK)[2:] == 8).all()
     region.discard()
     del array
 

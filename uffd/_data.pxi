@@ -37,8 +37,9 @@ cdef enum:
     HOSTED_SLOT = MAX_WORKERS + INLINE_SLOTS            # one per request of a host, and one for what it offers
     KEEPER_SLOT = HOSTED_SLOT + MAX_HOSTS * 33
     EVICTOR_SLOT = KEEPER_SLOT + 1
-    WRITER_SLOT = EVICTOR_SLOT + 1                      # of the thread that writes back
-    CALL_SLOT = WRITER_SLOT + 1                         # of API calls that evict, write back or discard, by turns
+    WRITER_SLOT = EVICTOR_SLOT + 1                      # of threads that write back: the writer, and flushes
+    WRITERS = 8
+    CALL_SLOT = WRITER_SLOT + WRITERS                   # of API calls that evict or discard, by turns
     CALL_SLOTS = 4
     WIRE_SLOT = CALL_SLOT + CALL_SLOTS                  # of migrations' threads, while they place or read blocks
     WIRE_SLOTS = 16
@@ -85,6 +86,12 @@ cdef enum:                      # the state of a block: the low bits of its word
     GENERATION_SHIFT = 19       # 13 bits, one more at each claim: no word recurs while somebody compares with it
     GENERATION_ONE = 1 << 19
 
+cdef enum:                      # of a block that a native store has acknowledged, and that was not made durable since
+    SYNCED, UNSYNCED, SYNCING
+    SYNC_MASK = 3
+    LEFT = 4                    # it has left memory since: what is here now was read from the store again
+    LOST = 8                    # a sync failed, and it had left
+
 cdef enum:                      # why a block is filled
     DEMAND, READAHEAD, PREFETCH, POPULATE
     REPAIR                      # the program dropped pages of a dirty block, which can't be stored without them
@@ -103,7 +110,7 @@ cdef enum:                      # how a native provider is called
     FILL_ZERO, FILL_DIRECT, FILL_CALL, FILL_HOST
 
 cdef enum:                      # a slot's life, and the phase of its fill
-    SLOT_FREE, SLOT_WORKER, SLOT_RETIRED, SLOT_INLINE, SLOT_HOSTED
+    SLOT_FREE, SLOT_WORKER, SLOT_RETIRED, SLOT_INLINE, SLOT_HOSTED, SLOT_WRITER
     IDLE = 0
     BUSY = 1                    # the provider has the block; the keeper may take the blocks away (-> TIMED_OUT)
     PLACING = 2                 # the kernel has them; nobody may
@@ -192,7 +199,8 @@ cdef struct Region_t:
     uint32_t *node              # the policy's node of the block, perhaps a stale one: under policy_lock
     uint32_t *place             # of a pooled block: its slot in the pool; written before POOLED is published
     uint8_t *pins               # calls that pinned the block; 255: for good
-    uint8_t *spill              # of a spilled block: which of the spill files
+    uint8_t *spill              # of a spilled block: which of the spill files. Where a native store is written back to:
+                                # UNSYNCED .. LOST, by CAS
     Spill_t *spills             # private regions; NULL: nothing can be written back
     char name[80]
     char provider[80]
@@ -216,6 +224,8 @@ cdef struct Region_t:
     uint64_t pinned_blocks
     uint64_t pooled_bytes       # relaxed; for who looks
     uint64_t write_failures     # so many, ever
+    uint32_t syncing            # one at a time, by CAS
+    int32_t sync_lost           # a sync failed after blocks had left memory that it was for; which ones: LOST
     uint32_t unsynced           # the provider acknowledged writes that were not made durable yet
     BlockError write_error[ERRORS]  # of blocks whose write failed, by number modulo ERRORS
     Region_t *next_dying
@@ -275,6 +285,9 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint32_t recycled_at
     uint32_t torn               # evicting: pages that it was copying were dropped by the program,
     uint64_t torn_page[64]      # these; MAX_BLOCK_BYTES of the smallest pages
+    uint64_t write_ns           # inside a call of a native store since then, for region_id and `first`; 0: not
+    uint64_t write_limit_ns     # after so long it hangs
+    uint64_t give_up_ns         # of one that waits for writes of others, whom nobody can tell to stop; 0: none
     uint64_t room_since_ns      # a touch waits for room since then; 0: none does
     uint8_t pad[64]
 
@@ -404,7 +417,8 @@ cdef struct Engine_t:
     uint32_t room_waiters
     uint32_t bell               # futex: the evictor is to look
     uint32_t write_bell         # futex: the writer is to look
-    uint32_t evictors           # threads: evictor and writer; futex
+    uint32_t evictors           # threads: evictor, writers, flushes; futex
+    uint32_t writer             # the slot of the background writer; an older one ends
     uint64_t full_wanted        # fills that asked for a recycled buffer; the evictor takes it down
     uint64_t residence_ns       # a block that came stays at least so long; adapts
     Notes *notes

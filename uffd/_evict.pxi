@@ -482,7 +482,7 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
                             UF_CONTINUE_WP if protect else 0)
             came = err >= 0 or err == -EFAULT   # a hole: the program dropped pages. The touch asks again, for them
         else:
-            came = bring_in(r, b, protect, copies, charged)
+            came = bring_in(r, b, &state, protect, copies, charged)
         if came:
             count(s, r, C_RESCUED, 1)
             publish(r, b, 1, CLEAN if state == POOLED and (protect or not r.writable) else DIRTY)
@@ -500,19 +500,27 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     return came
 
 
-cdef bint bring_in(Region_t *r, uint64_t b, bint protect, bint copies, bint charged) noexcept nogil:
+cdef bint bring_in(Region_t *r, uint64_t b, uint32_t *state, bint protect, bint copies, bint charged) noexcept nogil:
     """Private pages from their slot, by move or copy (charged: counted twice until then); False when the kernel refuses
-    both."""
+    both, and then all of them are in the slot again (*state: what it is now). Copies come protected, so that those of a
+    block that does not come whole can be dropped: nobody has written to them."""
     cdef Engine_t *e = r.engine
     cdef uint64_t start = <uint64_t>(r.base + (b << r.shift)), span = block_span(r, b), moved = 0
     cdef uint64_t slot = <uint64_t>slot_at(e, r.shift, r.place[b])
     if not copies:                          # what is shared with a forked child can't be moved: copied, the rest of it
         move_pages(r.fd, start, slot, span, UF_MOVE_DONTWAKE if protect else 0, &moved)
     if moved < span and place_run(r, OP_COPY, start + moved, slot + moved, span - moved,
-                                  UF_COPY_WP if protect else 0) < 0:
+                                  UF_COPY_WP if r.protect else 0) < 0:
+        if r.protect:
+            madvise(<char *>start + moved, span - moved, MADV_DONTNEED)
+        send_back(r, b, slot, moved)
+        if moved and not protect and r.writable:
+            state[0] = POOLED_DIRTY         # it could be written to for a moment
         if charged:
             room_give(e, span)
         return False
+    if moved < span and r.protect and not protect:
+        unprotect(r, b, 1)
     if protect and not copies:
         uf_writeprotect(r.fd, start, span, UF_WRITEPROTECT_WP)
         uf_wake(r.fd, start, span)
@@ -523,6 +531,23 @@ cdef bint bring_in(Region_t *r, uint64_t b, bint protect, bint copies, bint char
             madvise(<char *>slot, span, MADV_DONTNEED)
         hole_give(e, r.shift, r.place[b], 1)
     return True
+
+
+cdef void send_back(Region_t *r, uint64_t b, uint64_t slot, uint64_t nbytes) noexcept nogil:
+    """The pages of a block that were moved in return to their slot, whatever was written to them. A block that is half
+    here and half there could be neither used nor stored, so a kernel that refuses for a second ends the process."""
+    cdef uint64_t start = <uint64_t>(r.base + (b << r.shift)), at = 0, moved = 0, deadline = now_ns() + SECOND_NS
+    cdef unsigned int tries = 0
+    cdef int err
+    while at < nbytes:
+        err = move_pages(r.engine.pool_fd, slot + at, start + at, nbytes - at, 0, &moved)
+        at += moved
+        if err != 0 and now_ns() > deadline:
+            say_stuck(r, b, err)
+            bus_die()
+        elif err != 0:
+            nap(tries)
+            tries += 1
 
 
 cdef void forbid_write(Region_t *r, uint64_t b) noexcept nogil:
@@ -652,6 +677,7 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
         elif state == CLEAN or state == DIRTY or state == POOLED or state == POOLED_DIRTY:
             if u8_load(&r.pins[b]) or not discard_block(s, r, b, state):
                 return b
+        lost_forget(r, b)
         b += 1
     return b
 

@@ -139,6 +139,8 @@ cdef void publish_as(Region_t *r, uint64_t b, uint64_t n, uint32_t state, uint32
         new = state | (old >> GENERATION_SHIFT << GENERATION_SHIFT) | old & kept
         if state & STATE_MASK == MISSING or state & STATE_MASK == POISONED:
             new |= old & (FROM_PARENT | KEPT)   # set before the first thread ran; WAITERS alone can change beside us
+            if r.writes_back and not r.hosted:
+                sync_left(r, i)
         old = u32_swap(&r.state[i], new)
         if old & WAITERS:
             asked = True

@@ -197,6 +197,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
     s.phase = IDLE
     s.since_ns = 0
     s.recycled = 0
+    s.write_ns = 0
     s.job = NULL
     s.tid = 0
     if s.kind != SLOT_INLINE and s.kind != SLOT_HOSTED:

@@ -38,22 +38,24 @@ cdef Slot *carrier_wait_write(Region_t *r) noexcept nogil:
     return c
 
 
-cdef int host_store(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) noexcept nogil:
+cdef int host_store(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes, bint once) noexcept nogil:
     """Has the provider store the first nbytes of the carrier's buffer at `offset`: 0 when it has acknowledged them,
     else -errno, with the host's text noted for the first block, the tries in the slot, and the buffer as it was.
 
-    Waits, for at most the region's time; needs no run of the slot. Never two at once for one block."""
-    return host_command(c, r, REQ_WRITE, offset, nbytes)
+    Waits, for at most the region's time; needs no run of the slot. `once`: without another try. Never two at once for
+    one block."""
+    return host_command(c, r, REQ_WRITE, offset, nbytes, 0 if once else r.retries)
 
 
 cdef int host_sync(Slot *c, Region_t *r) noexcept nogil:
     """Has the provider make durable what it has acknowledged: as host_store, its text noted for NO_BLOCK. Only while no
     write of the region is under way."""
-    return host_command(c, r, REQ_FLUSH, 0, 0)
+    return host_command(c, r, REQ_FLUSH, 0, 0, r.retries)
 
 
-cdef int host_command(Slot *c, Region_t *r, uint32_t kind, uint64_t offset, uint64_t nbytes) noexcept nogil:
-    """Asks for what can be asked for again, up to the region's retries: the same bytes at the same place."""
+cdef int host_command(Slot *c, Region_t *r, uint32_t kind, uint64_t offset, uint64_t nbytes,
+                      uint32_t retries) noexcept nogil:
+    """Asks for what can be asked for again, up to `retries` times more: the same bytes at the same place."""
     cdef uint64_t pause_ms = 1, b = offset >> r.shift if kind == REQ_WRITE else <uint64_t>NO_BLOCK
     cdef int err
     c.deadline_ns = now_ns() + r.timeout_ns
@@ -66,7 +68,7 @@ cdef int host_command(Slot *c, Region_t *r, uint32_t kind, uint64_t offset, uint
         if err == 0:
             return 0
         note_text(r, b, c.carrier)
-        if c.tries > r.retries or u32_load(&r.engine.stopping) or now_ns() + pause_ms * 1000000 >= c.deadline_ns:
+        if c.tries > retries or u32_load(&r.engine.stopping) or now_ns() + pause_ms * 1000000 >= c.deadline_ns:
             return err
         count(c, r, C_RETRIES, 1)
         poll(NULL, 0, <int>pause_ms)
@@ -100,7 +102,7 @@ cdef _commanded(Region region, uint32_t kind, uint64_t offset, bytes data):
         c = carrier_wait_write(r)
         if c != NULL:
             memcpy(c.staging, source, nbytes)
-            err = host_store(c, r, offset, nbytes) if kind == REQ_WRITE else host_sync(c, r)
+            err = host_store(c, r, offset, nbytes, False) if kind == REQ_WRITE else host_sync(c, r)
             tries = c.tries
             carrier_return(c)
     t = text_of(r, offset >> r.shift if kind == REQ_WRITE else <uint64_t>NO_BLOCK) if err else NULL

@@ -83,6 +83,7 @@ cdef int keeper_tick(Engine_t *e) noexcept nogil:
         e.stalled_ns = now
     elif now - e.stalled_ns > STALL_NS:
         stand_in_start(e)
+    writers_look(e, now)
     if e.dying != NULL:
         busy = True
         keeper_reap(e)

@@ -364,9 +364,9 @@ cdef int engine_start(Engine_t *e) noexcept nogil:
         err = worker_start(e, &e.slots[i], cpus[i * n / e.workers] if n and e.workers <= <uint32_t>n else -1)
         if err != 0:
             return err
-    err = helper_start(e, &evictor_main, b"uffd-evictor")
+    err = helper_start(e, &evictor_main, e, b"uffd-evictor")
     if err == 0:
-        err = helper_start(e, &writer_main, b"uffd-writer")
+        err = writer_start(e)
     if err == 0:
         err = thread_spawn(&keeper_main, e, b"uffd-keeper", -1)
     if err == 0:
@@ -374,10 +374,10 @@ cdef int engine_start(Engine_t *e) noexcept nogil:
     return err
 
 
-cdef int helper_start(Engine_t *e, void *(*run)(void *) noexcept nogil, const char *name) noexcept nogil:
+cdef int helper_start(Engine_t *e, void *(*run)(void *) noexcept nogil, void *argument, const char *name) noexcept nogil:
     cdef int err
     u32_add(&e.evictors, 1)
-    err = thread_spawn(run, e, name, -1)
+    err = thread_spawn(run, argument, name, -1)
     if err != 0:
         u32_sub(&e.evictors, 1)
     return err

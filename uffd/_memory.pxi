@@ -182,47 +182,105 @@ def is_pinned(Region region not None, uint64_t b):
 # ---- to the store -----------------------------------------------------------------------------------------------
 
 def write_back(Region region not None, runs, timeout_ns=None):
-    """Writes the dirty blocks of runs back, pooled ones too; True when the store has answered for all, False when the
-    time was over first. Which failed is told by write_errors. Ctrl-C interrupts it."""
+    """Has the dirty blocks of runs written back, pooled ones too. 0: the store has answered for all (which failed is
+    told by write_errors); 1: the time was over first; 2: a native store has not answered for as long as the region's
+    time is. What was begun goes on then. Ctrl-C interrupts it."""
     cdef Region_t *r = _live(region)
     cdef Py_buffer view
-    cdef int64_t *pair
-    cdef uint64_t i, b, end, stop, deadline = <uint64_t>-1
-    cdef Slot *s
-    cdef bint done = False
-    if timeout_ns is not None:
-        deadline = now_ns() + <uint64_t>timeout_ns
+    cdef int answer = 0
+    cdef uint64_t deadline = <uint64_t>-1 if timeout_ns is None else now_ns() + <uint64_t>timeout_ns
     PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
     _hold(r)
     try:
-        pair = <int64_t *>view.buf
-        for i in range(<uint64_t>view.len // 16):
-            b = <uint64_t>pair[2 * i]
-            end = <uint64_t>pair[2 * i + 1]
-            while b < end:
-                stop = b
-                with nogil:
-                    stop = _next_dirty(r, b, end)
-                    if stop < end:
-                        b = stop
-                        stop = u64_min(end, b + u64_max(RUN_BYTES >> r.shift, 1))   # one write, then a look
-                        s = call_borrow(r.engine)
-                        write_range(s, r, b, stop, True, &r.closing)
-                        call_return(r.engine, s)
-                b = stop
-                PyErr_CheckSignals()
-                if now_ns() > deadline:
-                    return False
-        while not done:
-            with nogil:
-                done = wait_written(r, SLICE_NS)
-            PyErr_CheckSignals()
-            if not done and now_ns() > deadline:
-                return False
-        return True
+        if _any_dirty(r, <int64_t *>view.buf, <uint64_t>view.len // 16):
+            answer = _wait_work(r, <int64_t *>view.buf, <uint64_t>view.len // 16, deadline, NULL)
+        if answer == 0:
+            answer = _wait_written(r, deadline)
     finally:
         PyBuffer_Release(&view)
         region_release(r)
+    return answer
+
+
+def sync(Region region not None, timeout_ns=None):
+    """Makes durable what the store has acknowledged: (as write_back, 0 or errno)."""
+    cdef Region_t *r = _live(region)
+    cdef uint64_t deadline = <uint64_t>-1 if timeout_ns is None else now_ns() + <uint64_t>timeout_ns
+    cdef int err = 0, answer = 0
+    if not r.writes_back or not r.hosted and r.fill.sync == NULL:
+        return 0, 0
+    _hold(r)
+    try:
+        answer = _wait_work(r, NULL, 0, deadline, &err)
+    finally:
+        region_release(r)
+    return answer, -err
+
+
+cdef int _wait_work(Region_t *r, int64_t *runs, uint64_t n, uint64_t deadline, int *err) except -1:
+    """A thread's work, waited for in slices: 0, 1 or 2 as of write_back."""
+    cdef Work *w = NULL
+    cdef uint32_t turn = 0
+    cdef uint64_t moved = now_ns()
+    cdef bint done = False
+    try:
+        while not done:
+            with nogil:
+                if w == NULL:
+                    w = work_begin(r, runs, n)
+                if w != NULL:
+                    done = work_wait(w, SLICE_NS)
+                else:
+                    poll(NULL, 0, 5)        # all threads that may write are at it
+            if not done:
+                PyErr_CheckSignals()
+            if not done and now_ns() > deadline:
+                return 1
+            if not done and runs != NULL and _hangs(r, &turn, &moved):   # a disk may sync for minutes
+                return 2
+        if err != NULL:
+            err[0] = w.error
+        return 0
+    finally:
+        if w != NULL:
+            work_leave(w)
+
+
+cdef int _wait_written(Region_t *r, uint64_t deadline) except -1:
+    """Until nothing is under way that others began: 0, 1 or 2 as of write_back."""
+    cdef uint32_t turn = 0
+    cdef uint64_t moved = now_ns()
+    cdef bint done = False
+    while True:
+        with nogil:
+            done = wait_written(r, SLICE_NS)
+        if done:
+            return 0
+        PyErr_CheckSignals()
+        if now_ns() > deadline:
+            return 1
+        if _hangs(r, &turn, &moved):
+            return 2
+
+
+cdef bint _hangs(Region_t *r, uint32_t *turn, uint64_t *moved) noexcept:
+    """Whether a native store has answered nothing for longer than the region's time."""
+    cdef uint64_t now = now_ns()
+    cdef uint32_t at = u32_load(&r.write_turn)
+    if at != turn[0]:
+        turn[0] = at
+        moved[0] = now
+    return not r.hosted and not r.wait_for_ever and now - moved[0] > r.timeout_ns + SECOND_NS / 2
+
+
+cdef bint _any_dirty(Region_t *r, int64_t *pair, uint64_t n) noexcept:
+    cdef uint64_t i
+    with nogil:
+        settle(r.engine)
+        for i in range(n):
+            if _next_dirty(r, <uint64_t>pair[2 * i], <uint64_t>pair[2 * i + 1]) < <uint64_t>pair[2 * i + 1]:
+                return True
+    return False
 
 
 cdef uint64_t _next_dirty(Region_t *r, uint64_t b, uint64_t end) noexcept nogil:
@@ -262,12 +320,32 @@ def unwritten(Region region not None):
     return n
 
 
-def sync(Region region not None):
-    """Makes durable what the store has acknowledged: 0 or errno. Waits for the store."""
+def lost(Region region not None, uint32_t most):
+    """Up to `most` blocks that had left memory when a sync failed that was for them, too: [block, ...]."""
     cdef Region_t *r = _live(region)
-    cdef int err
-    _hold(r)
-    with nogil:
-        err = sync_store(r)
-        region_release(r)
-    return -err
+    cdef uint64_t b = 0, last = 0
+    cdef list found = []
+    while r.sync_lost and len(found) < most and next_known(r, &b, &last):
+        while b < last and len(found) < most:
+            if u8_load(&r.spill[b]) & LOST:
+                found.append(b)
+            b += 1
+    return found
+
+
+def under_way(Region region not None, uint64_t first, uint64_t end, uint32_t most):
+    """Up to `most` blocks of [first, end) whose bytes the store does not have, those first that it was given and has not
+    answered for: [block, ...]."""
+    cdef Region_t *r = _live(region)
+    cdef uint64_t b, last
+    cdef uint32_t word, turn
+    cdef list found = []
+    for turn in range(2):
+        b, last = first, 0
+        while b < end and len(found) < most and next_known(r, &b, &last):
+            while b < last and b < end and len(found) < most:
+                word = u32_load(&r.state[b])
+                if (word & WRITING != 0) == (turn == 0) and (turn == 0 or is_dirty(word & STATE_MASK)):
+                    found.append(b)
+                b += 1
+    return found

@@ -1,7 +1,7 @@
 # Writing back: dirty blocks go to their store, which is the region's provider or, for private memory, a spill file.
 #
 # Uses:     the states of _fill.pxi, claim_out, copy_resident and slots of _evict.pxi; host_store of _hosted.pxi
-# Provides: writer_main, writer_ask (a block left its region dirty), write_range, sync_store, note_unwritten;
+# Provides: writer_main, writer_ask (a block left its region dirty), write_range, note_unwritten;
 #           lacks_pages (dropped by the program); spill_read, spill_fork, spill_close
 #
 #   DIRTY        > COPYING (protected, copied) > CLEAN + WRITING      its bytes are on their way
@@ -36,11 +36,11 @@ cdef void writer_ask(Region_t *r, uint64_t b, uint32_t n) noexcept nogil:
 cdef void *writer_main(void *argument) noexcept nogil:
     """Writes back what the evictor took out; ends regions whose last array died. It may wait for a store, so nobody
     waits for it but through the blocks that it has written."""
-    cdef Engine_t *e = <Engine_t *>argument
-    cdef Slot *s = &e.slots[WRITER_SLOT]
+    cdef Slot *s = <Slot *>argument
+    cdef Engine_t *e = s.engine
     cdef Piece asked[ASK_BATCH]
     cdef int n
-    while not u32_load(&e.stopping):
+    while not u32_load(&e.stopping) and u32_load(&e.writer) == s.index:     # else it hung, and another took its place
         u32_swap(&e.write_bell, 0)
         n = 0
         while n < ASK_BATCH and ring_take(e.writes, &asked[n]):
@@ -51,8 +51,7 @@ cdef void *writer_main(void *argument) noexcept nogil:
         if e.dying != NULL and dying_flush(e, s):
             continue
         futex_wait(&e.write_bell, 0, SECOND_NS)
-    u32_sub(&e.evictors, 1)
-    futex_wake_all(&e.evictors)
+    writer_leaves(e, s)
     return NULL
 
 
@@ -89,11 +88,14 @@ cdef uint64_t write_range(Slot *s, Region_t *r, uint64_t first, uint64_t end, bi
     stopped: at `end`, or, with `until`, when that is not 0 any more. What a host writes may still be under way."""
     cdef uint64_t b = first
     cdef uint32_t state, word, got
-    while b < end and (until == NULL or not u32_load(until)):
+    while b < end and not is_over(s, r, until):
         word = u32_load(&r.state[b])
         state = word & STATE_MASK
-        if word & WRITING and (state == DIRTY and resident or state == POOLED_DIRTY):
-            wait_for_write(r, b)            # an older write of it is under way: one at a time
+        if word & WRITING and (state == DIRTY or state == POOLED_DIRTY):
+            if resident:
+                wait_for_write(r, b)        # an older write of it is under way: one at a time
+            else:
+                b += 1                      # the same, and it may hang: asked for again before the block goes
             continue
         if resident and is_busy(state):
             wait_for_word(r, b, word, SLICE_NS)
@@ -107,7 +109,7 @@ cdef uint64_t write_range(Slot *s, Region_t *r, uint64_t first, uint64_t end, bi
         if got == CANNOT and lacks_pages(r, b):
             if not resident:
                 repair_ask(r, b)            # the writer waits for no fill: it is asked again before the block goes
-            elif repair_wait(r, b, until):
+            elif repair_wait(s, r, b, until):
                 continue
         elif got == CANNOT and resident:
             note_unwritten(r, b, -EFAULT, 1)
@@ -124,13 +126,19 @@ cdef bint lacks_pages(Region_t *r, uint64_t b) noexcept nogil:
     return u32_load(&r.state[b]) & STATE_MASK == DIRTY and not block_present(r, b)
 
 
-cdef bint repair_wait(Region_t *r, uint64_t b, uint32_t *until) noexcept nogil:
+cdef inline bint is_over(Slot *s, Region_t *r, uint32_t *until) noexcept nogil:
+    """Whether who writes back is to stop: told by `until` (or its region closes), or its time is over."""
+    return until != NULL and (u32_load(until) != 0 or u32_load(&r.closing) != 0) or \
+        s.give_up_ns != 0 and now_ns() > s.give_up_ns
+
+
+cdef bint repair_wait(Slot *s, Region_t *r, uint64_t b, uint32_t *until) noexcept nogil:
     """Has a dirty block made whole, as a touch would, and waits for it within the region's time; False, and noted,
     where its provider fails."""
     cdef BlockError *note = &r.write_error[b & (ERRORS - 1)]
     cdef uint64_t failures = u64_load(&r.write_failures), asked = 0, now = now_ns(), deadline = now + r.timeout_ns
     cdef uint32_t word
-    while until == NULL or not u32_load(until):
+    while not is_over(s, r, until):
         word = u32_load(&r.state[b])
         if not is_busy(word & STATE_MASK) and not (is_dirty(word & STATE_MASK) and lacks_pages(r, b)):
             return True
@@ -269,10 +277,12 @@ cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *b
     cdef uint32_t tries = 0
     cdef int err
     while True:
+        write_enters(s, r, b)
         if r.writes_back:
             err = r.fill.store(r.fill.self, s.index, b << r.shift, bytes, run_bytes(r, b, n))
         else:
             err = spill_write(r, b, n, bytes, epoch)
+        u64_store(&s.write_ns, 0)
         if err == 0 or once or tries >= r.retries or u32_load(&r.engine.stopping):
             break
         tries += 1
@@ -283,13 +293,30 @@ cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *b
     return err if -ERRNO_MAX <= err <= 0 else -EIO
 
 
+cdef inline void write_enters(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    """A call that nobody can end: the keeper looks at how long it takes."""
+    s.region_id = r.id
+    s.first = b
+    s.write_limit_ns = r.timeout_ns
+    u64_store(&s.write_ns, now_ns())
+
+
 cdef void write_hosted(Slot *c, Region_t *r) noexcept nogil:
     """The carrier's thread: the rest of write_run."""
     cdef Carrier *k = c.carrier
-    cdef uint64_t t0 = now_ns()
-    cdef int err = host_store(c, r, k.first << r.shift, run_bytes(r, k.first, k.count))
+    cdef uint64_t t0 = now_ns(), first = k.first, i
+    cdef uint32_t n = <uint32_t>k.count
+    cdef int err = host_store(c, r, first << r.shift, run_bytes(r, first, n), n > 1)
     stage(c, r, H_WRITE, now_ns() - t0)
-    acknowledge(c, r, k.first, <uint32_t>k.count, err, 0)
+    if err == 0 or n == 1 or err == -ETIMEDOUT:     # one that hangs would hang again, block by block
+        acknowledge(c, r, first, n, err, 0)
+        return
+    count(c, r, C_WRITE_ERRORS, 1)
+    for i in range(n):                      # one bad block does not take its neighbours along
+        if i:
+            memcpy(c.staging, c.staging + (i << r.shift), run_bytes(r, first + i, 1))
+        err = host_store(c, r, (first + i) << r.shift, run_bytes(r, first + i, 1), False)
+        acknowledge(c, r, first + i, 1, err, 0)
 
 
 cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uint32_t epoch) noexcept nogil:
@@ -347,32 +374,13 @@ cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t 
         if err == 0 and not r.writes_back:
             r.spill[b] = <uint8_t>epoch     # nobody reads it before the block has left memory
             new |= SPILLED
+        elif err == 0 and not r.hosted:
+            sync_acknowledged(r, b)
         if u32_cas(&r.state[b], word, new):
             return
 
 
 # ---- flush ------------------------------------------------------------------------------------------------------
-
-cdef int sync_store(Region_t *r) noexcept nogil:
-    """Makes durable what the provider acknowledged. 0 or -errno. Waits for the store."""
-    cdef Slot *c
-    cdef int err = 0
-    if not r.writes_back:
-        return 0                            # private: nothing of it outlives the region
-    u32_store(&r.unsynced, 0)               # what is acknowledged from here on may not be in it
-    if r.hosted:
-        c = carrier_wait_write(r)
-        if c == NULL:
-            err = -EIO
-        else:
-            err = host_sync(c, r)
-            carrier_return(c)
-    elif r.fill.sync != NULL:
-        err = r.fill.sync(r.fill.self)
-    if err != 0:
-        u32_store(&r.unsynced, 1)
-    return err
-
 
 cdef bint wait_written(Region_t *r, uint64_t timeout_ns) noexcept nogil:
     """Waits a while for writes under way; True when there are none."""
@@ -408,6 +416,7 @@ cdef void region_flush(Slot *s, Region_t *r) noexcept nogil:
     cdef uint64_t b = 0, last = 0, deadline = now_ns() + r.timeout_ns
     cdef int err = 0, tries = 0
     cdef uint64_t dirty = 1
+    s.give_up_ns = deadline
     while dirty and tries < 2:
         b = 0
         while next_known(r, &b, &last):
@@ -423,7 +432,8 @@ cdef void region_flush(Slot *s, Region_t *r) noexcept nogil:
             err = err if err else r.write_error[b].error
         err = err if err else -EIO
     if err == 0:
-        err = sync_store(r)
+        err = sync_store(s, r, NULL)
+    s.give_up_ns = 0
     r.flush_error = err
     r.flush_left = dirty
 

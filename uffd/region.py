@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from . import _budget, keys
+from . import _budget, _unwritten, keys
 from ._coreless import core as _core
 from .engine import Engine, default_engine, fills_whole, require_userfaultfd
 from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, Unavailable
@@ -318,8 +318,10 @@ class Region(_core.Region):
         """Writes back all that was written, and has the provider make it durable; blocks until it is.
 
         Regions whose mode is not "r+" have nothing to write back. ProviderError for what could not be written: it stays
-        in memory, dirty, and is tried again (`failed` has [(offset, nbytes, errno), ...]); TimeoutError when timeout_s
-        is over first. Ctrl-C interrupts it. What other threads write meanwhile may or may not be in it.
+        in memory, dirty, and is tried again (`failed` has [(offset, nbytes, errno), ...]); one that is a TimeoutError,
+        too, when timeout_s is over first, or when a native store does not answer for the region's timeout_s (a write
+        that hangs can't be ended: its block is written again only after it has come back). Ctrl-C interrupts it. What
+        other threads write meanwhile may or may not be in it.
         """
         self._check_open()
         self._flush(timeout_s)
@@ -329,38 +331,24 @@ class Region(_core.Region):
             return
         blocks = -(-self.nbytes // self.block_bytes)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._write_back(np.array([[0, blocks]], np.int64), timeout_s)
-        number = _core.sync(self)
+        runs = np.array([[0, blocks]], np.int64)
+        self._write_back(runs, timeout_s)
+        answer, number = _core.sync(self, _left_ns(deadline))
+        if answer:
+            raise _unwritten.late(self, answer, runs.tolist(), timeout_s, "written, but not made durable")
         if number:
-            raise ProviderError(number, f"region {self.name!r}: {_title(self.provider)} could not make durable what "
-                                f"was written: {os.strerror(number)}", region=self.name, offset=0, nbytes=self.nbytes,
-                                tries=1, provider_traceback=self._text_of((1 << 64) - 1))
-        if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: written, but not made durable in {timeout_s} s")
+            raise _unwritten.sync_error(self, number)
 
     def _write_back(self, runs: np.ndarray, timeout_s: float | None) -> None:
         timeout_ns = None if timeout_s is None else max(0, int(timeout_s * 1e9))
         since = _core.write_failures(self)
-        if not _core.write_back(self, runs, timeout_ns):
-            raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: not written back within {timeout_s} s; "
-                               f"{_core.unwritten(self)} blocks are left")
+        answer = _core.write_back(self, runs, timeout_ns)
+        if answer:
+            raise _unwritten.late(self, answer, runs.tolist(), timeout_s, "not written back")
         failed = [entry for first, end in runs.tolist() for entry in _core.write_errors(self, first, end, since)]
         if failed:
-            raise self._write_error(failed)
-
-    def _write_error(self, failed: list[tuple[int, int, int]]) -> ProviderError:
-        block, number, tries = failed[0]
-        text = self._text_of(block)
-        why = text.strip().splitlines()[-1] if text else os.strerror(number)
-        where = _title(self.provider) if self.mode == "r+" else f"a file in {os.fsdecode(_spill_folder())}"
-        error = ProviderError(
-            number, f"region {self.name!r}: {len(failed)} blocks could not be written back to {where}, the first at "
-            f"offset {block * self.block_bytes} ({tries} tries): {why}; they stay in memory, and are tried again",
-            region=self.name, offset=block * self.block_bytes,
-            nbytes=min(self.block_bytes, self.nbytes - block * self.block_bytes), tries=tries, provider_traceback=text)
-        error.failed = [(b * self.block_bytes, min(self.block_bytes, self.nbytes - b * self.block_bytes), n)
-                        for b, n, _ in failed]
-        return error
+            raise _unwritten.write_error(self, failed, _title(
+                self.provider) if self.mode == "r+" else f"a file in {os.fsdecode(_spill_folder())}")
 
     def _flush_at_exit(self) -> None:
         if not self.gone:                        # closed ones, too, that arrays still use

@@ -24,7 +24,7 @@
 
 enum manner {
     FAIL,        /* the call is not made, errno is set */
-    PARTIAL,     /* COPY, CONTINUE: only `argument` pages are done; EAGAIN with the bytes done */
+    PARTIAL,     /* COPY, CONTINUE, MOVE: only `argument` pages are done; EAGAIN with the bytes done */
     EXISTED,     /* COPY, CONTINUE: done without a wake-up, then EEXIST: as if another thread had won */
     SHORT,       /* pread, pwrite: at most `argument` bytes */
     MASK         /* UFFDIO_API: the kernel lacks the feature bits `argument` */
@@ -112,14 +112,20 @@ static int is_move_of_pages(const char *name)
     return !strcmp(name, "COPY") || !strcmp(name, "CONTINUE") || !strcmp(name, "ZEROPAGE") || !strcmp(name, "POISON");
 }
 
+/* COPY and MOVE have a source; their structures are the same. */
+static int is_copy(const char *name)
+{
+    return !strcmp(name, "COPY") || !strcmp(name, "MOVE");
+}
+
 static int64_t *done_of(const char *name, void *argument)
 {
-    return !strcmp(name, "COPY") ? &((struct copy *)argument)->done : &((struct others *)argument)->done;
+    return is_copy(name) ? &((struct copy *)argument)->done : &((struct others *)argument)->done;
 }
 
 static int partial(struct rule *r, int fd, unsigned long request, const char *name, void *argument)
 {
-    uint64_t *len = !strcmp(name, "COPY") ? &((struct copy *)argument)->len : &((struct others *)argument)->len;
+    uint64_t *len = is_copy(name) ? &((struct copy *)argument)->len : &((struct others *)argument)->len;
     uint64_t whole = *len, part = (uint64_t)r->argument * (uint64_t)sysconf(_SC_PAGESIZE);
     int answer;
     if (part >= whole)
@@ -138,7 +144,7 @@ static int partial(struct rule *r, int fd, unsigned long request, const char *na
 
 static int existed(int fd, unsigned long request, const char *name, void *argument)
 {
-    uint64_t *mode = !strcmp(name, "COPY") ? &((struct copy *)argument)->mode : &((struct others *)argument)->mode;
+    uint64_t *mode = is_copy(name) ? &((struct copy *)argument)->mode : &((struct others *)argument)->mode;
     uint64_t before = *mode;
     int answer;
     *mode |= 1; /* DONTWAKE */

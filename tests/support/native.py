@@ -132,11 +132,14 @@ def controlled(control=None, **native_options):
     control = Control() if control is None else control
     native_options.setdefault("inline_safe", True)
     provider = uffd.providers.Native(library().fill_control, ctypes.addressof(control), **native_options)
-    KEPT.append(control)  # the address was given away as an integer: nobody else keeps it
+    keep_for_ever(control)
     return provider, control
 
 
-KEPT = []
+def keep_for_ever(thing):
+    """Its address was given away as an integer, to C that may use it until the process is gone: after the interpreter
+    has freed all that modules hold, too."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def checked(address, offset, nbytes, seed=0):

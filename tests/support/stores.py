@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-from support.native import FOR_EVER, KEPT, library
+from support.native import FOR_EVER, keep_for_ever, library
 from support.pattern import pattern
 
 
@@ -58,5 +58,6 @@ def stored(nbytes, **native_options):
     lib = library()
     provider = uffd.providers.Native(lib.store_read, ctypes.addressof(store), write=lib.store_write, **native_options)
     provider.nbytes = nbytes  # as a provider that knows its size
-    KEPT.append(store)  # the address was given away as an integer: nobody else keeps it
+    keep_for_ever(store)
+    keep_for_ever(store.held)
     return provider, store
