@@ -458,3 +458,40 @@ def test_without_userfaultfd_part_one_is_shown_and_part_two_says_why_not(model, 
     assert "part two" in done.stdout.splitlines()[-1] and "uffd probe" in done.stdout
     done = subprocess.run([*command, "--part", "2"], cwd=tmp_path, text=True, capture_output=True, timeout=DEADLINE_S)
     assert done.returncode == 2 and "uffd probe" in done.stderr and "Traceback" not in done.stderr
+
+
+# Part three
+
+
+@needs_userfaultfd
+def test_part_three_moves_a_service_while_it_is_asked(model, tmp_path):
+    """Goal: every answer is right, through the move; each request is counted once, in the one process or the other."""
+    done = run_demo("--data", model, "--words", "king-queen", "--json", cwd=tmp_path, part=3)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    part = result["part3"]
+    assert result["same_bits"] and part["same_bits"] and part["wrong"] == 0
+    assert part["requests"] == part["counted"] > 100
+    assert len(set(part["pids"])) == 2
+    assert 0 < part["downtime_s"] <= part["longest_gap_s"] + 0.001
+    assert part["source"]["status"] == part["destination"]["status"] == "COMPLETED"
+    assert part["destination"]["owner"] == "destination" and part["source"]["bytes"]["total"] > 4000 * 96 * 4
+    assert all(rate > 0 for rate in part["per_second"].values())
+
+
+@needs_userfaultfd
+def test_part_three_finds_a_wrong_answer(model, tmp_path):
+    done = run_code("""
+import sys
+import uffd.demo
+from uffd.demo import part3_move
+real = part3_move._rows
+def spoilt(flat, array):
+    rows = real(flat, array).copy()
+    part3_move.np.save = lambda path, saved, save=part3_move.np.save: save(path, saved + 1)
+    return rows
+part3_move._rows = spoilt
+sys.exit(uffd.demo.main(sys.argv[1:]))
+""", "--data", model, "--words", "king-queen", cwd=tmp_path, part=3)
+    assert done.returncode == 1, done.stderr
+    assert re.match(r"[1-9]\d* wrong of ", done.stdout.splitlines()[-1])

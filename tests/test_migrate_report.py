@@ -45,8 +45,8 @@ def test_the_figures_are_the_cores():
     assert found.bytes_copied == 96 << 16
     assert found.throughput_bytes_per_s == pytest.approx((96 << 16) / 0.1)
     assert [(moment.status, moment.blocks_left) for moment in found.timeline] == [
-        (Status.SETUP, 100), (Status.PRECOPY, 100), (Status.SWITCHOVER, 36), (Status.SWITCHOVER, 36),
-        (Status.POSTCOPY, 36), (Status.COMPLETED, 0)]
+        (Status.SETUP, 100), (Status.PRECOPY, 100), (Status.SWITCHOVER, 36), (Status.POSTCOPY, 36),
+        (Status.COMPLETED, 0)], "the hand-over has two phases and one name"
     assert 2**17 <= found.requests.p50_ns < 2**18
 
 

@@ -23,7 +23,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 MUST = {"probe", "open", "pack", "from_provider", "region_of", "populate", "prefetch", "pinned", "chunks",
         "default_engine", "get_include", "Engine", "Region", "Prefetch", "providers", "UffdError", "Unavailable",
         "ProviderError", "RegionClosed", "MigrationError", "DegradedWarning"}
-MAY = MUST | {"zeros", "BudgetError", "Capabilities", "Stats", "LatencyHistogram", "Provider", "__version__"}
+MAY = MUST | {"zeros", "BudgetError", "Capabilities", "Stats", "LatencyHistogram", "Provider", "migrate", "__version__"}
 
 
 def run(*command, **options):

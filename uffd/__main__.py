@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--json", action="store_true", help="print the figures, a line of JSON each time")
     top.set_defaults(run=_top)
     _add_store(commands)
+    _add_migrate(commands)
     commands.add_parser("demo", help="the tour, on a real model: uffd demo --help")
     return parser
 
@@ -73,6 +74,25 @@ def _add_store(commands: argparse._SubParsersAction) -> None:
                             help="how long an answer may take (default: %(default)g)")
     removing.add_argument("namespace", metavar="NAMESPACE")
     removing.add_argument("--force", action="store_true", help="also while somebody writes to it")
+
+
+def _add_migrate(commands: argparse._SubParsersAction) -> None:
+    moving = commands.add_parser("migrate", help="uffd migrate demo: memory moves while a program writes to it",
+                                 description="Live migration; in a program: uffd.migrate.")
+    actions = moving.add_subparsers(metavar="ACTION", required=True)
+    demo = actions.add_parser("demo", help="between two processes, with a program that writes faster than it is sent",
+                              description="Moves memory to another process while a program writes to all of it; checks "
+                                          "it there, prints the report, and draws the program's speed.")
+    demo.add_argument("--mib", type=int, default=256, metavar="N", help="how much memory (default: %(default)s)")
+    demo.add_argument("--mb-per-s", type=float, default=400.0, metavar="R",
+                      help="how fast it is sent at most, 0: no limit (default: %(default)g)")
+    demo.add_argument("--seconds", type=float, default=1.0, metavar="S",
+                      help="how long the program runs before the move, and after it (default: %(default)g)")
+    demo.add_argument("--png", type=Path, default=Path("uffd-migrate.png"), metavar="PATH",
+                      help="where the picture goes (default: %(default)s)")
+    demo.add_argument("--no-png", action="store_true", help="draw none")
+    demo.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    demo.set_defaults(run=_migrate_demo)
 
 
 def _guarded(run, options) -> int:
@@ -142,6 +162,15 @@ def _store_rm(options: argparse.Namespace) -> int:
         count = redis_store.removed(server, options.namespace, force=options.force)
     print(f"{options.namespace}: {count:,} keys removed")
     return 0
+
+
+def _migrate_demo(options: argparse.Namespace) -> int:
+    from .migrate import _demo
+
+    if not (1 <= options.mib <= 1 << 20 and options.mb_per_s >= 0 and 0 < options.seconds <= 60):
+        raise ValueError("--mib takes 1 or more, --mb-per-s 0 or more, --seconds more than 0 and at most 60")
+    return _demo.main(options.mib << 20, options.mb_per_s * 1e6, options.seconds,
+                      None if options.no_png else options.png, options.json)
 
 
 def _demo(words: list[str]) -> int:

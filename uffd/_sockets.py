@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -43,6 +42,8 @@ def _alone_in(folder: str) -> Iterator[None]:
     """One at a time of those that start here: who looks at a dead socket must not remove the one that another has put
     there meanwhile. Where the folder can't be locked (some network file systems), or others hold the lock, it is gone
     on without: what is then left to chance is two that start over one dead socket in the same millisecond."""
+    import fcntl                                 # here: it is not on every system where this is imported
+
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline_s = time.monotonic() + _LOCK_S

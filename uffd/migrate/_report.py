@@ -110,7 +110,10 @@ class Report:
         """From what the core counted (`Wire.figures`). began_ns, now_ns: CLOCK_MONOTONIC, like all in it."""
         moments = tuple(Moment(max(0, at_ns - began_ns) / 1e9, Status(status_name(Phase(number))), left)
                         for at_ns, number, left in figures["moments"])
-        timeline = (Moment(0.0, Status.SETUP, moments[0].blocks_left if moments else figures["left"]), *moments)
+        first = Moment(0.0, Status.SETUP, moments[0].blocks_left if moments else figures["left"])
+        # The hand-over has two phases and one name.
+        timeline = (first, *(moment for moment, before in zip(moments, (first, *moments), strict=False)
+                             if moment.status is not before.status))
         status = Status(status_name(phase))
         stopped_ns, resumed_ns = figures["stopped_ns"], figures["resumed_ns"]
         down = side == "source" and 0 < stopped_ns < resumed_ns
@@ -253,7 +256,8 @@ def _draw_waits(axes: Any, report: Report) -> None:
     counts = report.requests.counts
     used = [k for k, count in enumerate(counts) if count]
     if not used:
-        axes.text(0.5, 0.5, "no block was asked for", ha="center", va="center", fontsize=8, transform=axes.transAxes)
+        why = "no block was asked for" if report.side == "destination" else "waiting is measured at the destination"
+        axes.text(0.5, 0.5, why, ha="center", va="center", fontsize=8, transform=axes.transAxes)
         axes.set_axis_off()
         return
     shown = range(used[0], used[-1] + 1)

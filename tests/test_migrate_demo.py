@@ -1,0 +1,45 @@
+"""`uffd migrate demo`, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import uffd
+
+pytestmark = pytest.mark.skipif(uffd.probe(self_test=False).mode == "none", reason="no userfaultfd to be had here")
+
+
+def run(*arguments, cwd):
+    return subprocess.run([sys.executable, "-P", "-m", "uffd", "migrate", "demo", *arguments], cwd=cwd, text=True,
+                          capture_output=True, timeout=60, check=False)
+
+
+def test_it_moves_memory_that_is_written_to_all_the_time(tmp_path):
+    done = run("--mib", "16", "--mb-per-s", "100", "--seconds", "0.2", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["right"] and told["blocks"] == 256 and told["written_here"] > 256 < told["written_there"]
+    source = told["source"]
+    assert source["status"] == told["destination"]["status"] == "COMPLETED" and source["rounds"] == 3
+    assert source["blocks"]["precopy"] > 512, "the second and third round had much to send, too"
+    assert source["blocks"]["pushed"] + source["blocks"]["requested"] > 0, "it never converges: postcopy ended it"
+    assert source["requests"]["n"] == told["destination"]["requests"]["n"]
+    program = source["program"]
+    assert program[0][0] < 0 < source["total_s"] < program[-1][0], "before, during, after"
+    assert (tmp_path / "uffd-migrate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_tells_what_happened_in_lines(tmp_path):
+    done = run("--mib", "8", "--mb-per-s", "0", "--seconds", "0.1", "--no-png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("right: 128 blocks, written to ") and "downtime" in done.stdout
+    assert not [line for line in lines if len(line) > 120]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [("--mib", "0"), ("--mb-per-s", "-1"), ("--seconds", "0")])
+def test_wrong_options_are_named(tmp_path, wrong):
+    done = run(*wrong, cwd=tmp_path)
+    assert done.returncode == 1 and "--mib takes 1 or more" in done.stderr
