@@ -8,7 +8,8 @@ do.
 from __future__ import annotations
 
 import os
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import Any
 
 from .errors import (
     BudgetError, DegradedWarning, MigrationError, ProviderError, RegionClosed, UffdError, Unavailable,
@@ -43,6 +44,13 @@ from .region import (  # noqa: E402
     Prefetch, Region, chunks, from_provider, pinned, populate, prefetch, region_of, zeros,
 )
 from .stats import LatencyHistogram, Stats  # noqa: E402
+
+
+def __getattr__(name: str) -> Any:
+    """uffd.migrate is imported at its first use: few programs move."""
+    if name == "migrate":
+        return import_module(".migrate", __name__)
+    raise AttributeError(f"module 'uffd' has no attribute {name!r}")
 
 
 def get_include() -> str:
