@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("floor.c", "placement.c", "evict.c")
+SOURCES = ("floor.c", "placement.c", "evict.c", "migrate.c")
 FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
 
 THREAD, INLINE, INLINE_SHARED = range(3)

@@ -8,7 +8,8 @@ do.
 from __future__ import annotations
 
 import os
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import Any
 
 from .errors import (
     BudgetError, DegradedWarning, MigrationError, ProviderError, RegionClosed, SnapshotError, UffdError, Unavailable,
@@ -44,6 +45,13 @@ from .region import (  # noqa: E402
 )
 from .stats import LatencyHistogram, Stats  # noqa: E402
 from .tracking import Tracker, track  # noqa: E402
+
+
+def __getattr__(name: str) -> Any:
+    """uffd.migrate is imported at its first use: few programs move."""
+    if name == "migrate":
+        return import_module(".migrate", __name__)
+    raise AttributeError(f"module 'uffd' has no attribute {name!r}")
 
 
 def get_include() -> str:

@@ -1,0 +1,48 @@
+"""A destination for bench_migrate.py, a process of its own: `URL what`. It says where it listens, then what it measured.
+
+what: "idle" waits for all; "busy" adds up the array over and over meanwhile; "touch" reads random blocks, one at a time.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+
+import uffd
+
+
+def busy(array, arrival):
+    rounds = 0
+    while not arrival.status.over:
+        array[rng.integers(0, len(array) - 100_000):][:100_000].sum()
+        rounds += 1
+    return {"rounds": rounds}
+
+
+def touch(array, arrival):
+    waits = []
+    for at in rng.integers(0, len(array), 3000).tolist():
+        if arrival.status.over:
+            break
+        begin_s = time.perf_counter()
+        array[at]
+        took_s = time.perf_counter() - begin_s
+        if took_s > 5e-6:                        # what was there already is no request
+            waits.append(took_s)
+    return {"waits": waits}
+
+
+url, what = sys.argv[1:]
+rng = np.random.default_rng(7)
+with uffd.migrate.listen(url, engine=uffd.Engine(budget_bytes=None)) as incoming:
+    print(incoming.url, flush=True)
+    arrival = incoming.accept(60)
+    began_s = time.monotonic()
+    found = {"busy": busy, "touch": touch}.get(what, lambda *_: {})(arrival.arrays["a"], arrival)
+    if what == "touch" and not arrival.status.over:
+        arrival.close()                          # the rest is of no interest
+    else:
+        arrival.wait(120)
+        arrival.close()
+    print(json.dumps({**found, "began_s": began_s, "took_s": time.monotonic() - began_s}), flush=True)
