@@ -40,9 +40,10 @@ cdef enum:
 
 cdef enum:                          # kinds of frames
     # from the source
-    W_BLOCKS = 1, W_ZEROS, W_BAD, W_DIRTY, W_PREPARE, W_COMMIT, W_CANCEL, W_RESUME, W_LOST, W_PASS
+    W_BLOCKS = 1, W_ZEROS, W_BAD, W_DIRTY, W_PREPARE, W_COMMIT, W_CANCEL, W_RESUME, W_LOST, W_PASS, W_SYNC
     # from the destination
     W_ACK = 32, W_WANT, W_READY, W_STARTED, W_HAVE, W_HAVE_END, W_DONE, W_GAVE_UP, W_ENDED
+    W_SYNCED
 
 cdef enum:                          # phases and events: the numbers of migrate/_states.py
     PH_SETUP, PH_PRECOPY, PH_FROZEN, PH_DOUBT, PH_POSTCOPY, PH_PAUSED_EARLY, PH_PAUSED_DOUBT, PH_PAUSED_LATE

@@ -9,7 +9,8 @@ cdef enum:
     PUSH_BYTES = 256 * 1024         # of one frame of the push
     FRAMES = 1024                   # under way at most; a power of two
     PUSH_FRAMES = 128               # more than PUSH_BYTES can be cut into, zeros and others in turn
-    DROP_ROUNDS = 4                 # in which the destination drops what was written, before writers are stopped
+    DROP_ROUNDS = 10                # in which the destination drops what was written, before writers are stopped
+    FEW = 16                        # blocks dirtied in one of them: there will hardly be fewer
 cdef uint64_t QUEUE_NS = 2000000    # of the push's bytes may lie before a request's answer
 cdef uint64_t BURST_NS = 10000000   # what a limited rate may catch up
 
@@ -262,7 +263,7 @@ cdef int take_answer(Wire_t *w, wire_head *h, uint32_t epoch, char *buffer) noex
         return -EPROTO
     if h.kind == W_WANT:
         return answer_want(w, h, buffer)
-    if h.kind == W_READY:
+    if h.kind == W_READY or h.kind == W_SYNCED:
         u32_store(&w.ready, 1)
         wire_tell(w)
         return 0
@@ -421,7 +422,9 @@ cdef int source_switchover(Wire_t *w, const char *state, uint64_t nbytes, uint64
         err = each_part(w, False, False, &found)
         if err == 0:
             err = tell_dirty(w)
-        if found == 0 or k and found > last / 2:
+        if err == 0:
+            err = wait_synced(w, deadline)  # what takes it time is not to be waited for while writers are stopped
+        if found <= FEW or k > 1 and found > last / 8 * 7:
             break
         last = found
     if err == 0 and not wire_step(w, EV_FREEZE):
@@ -446,6 +449,24 @@ cdef int source_switchover(Wire_t *w, const char *state, uint64_t nbytes, uint64
         return err
     err = wire_say(w, W_COMMIT, 0, 0, 0, 0, NULL, 0)
     return wait_started(w, deadline + 5 * SECOND_NS, err)
+
+
+cdef int wait_synced(Wire_t *w, uint64_t deadline) noexcept nogil:
+    """The destination has done all that it was told so far."""
+    cdef uint32_t turn
+    cdef int err
+    u32_store(&w.ready, 0)
+    err = wire_say(w, W_SYNC, 0, 0, 0, 0, NULL, 0)
+    while err == 0:
+        turn = u32_load(&w.turn)
+        if u32_load(&w.ready):
+            break
+        if not u32_load(&w.connected) or u32_load(&w.phase) > PH_PRECOPY:
+            return -ENOTCONN
+        if now_ns() > deadline:
+            return -ETIMEDOUT
+        futex_wait(&w.turn, turn, SLICE_NS)
+    return err
 
 
 cdef int wait_ready(Wire_t *w, uint64_t deadline) noexcept nogil:

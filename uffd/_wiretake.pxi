@@ -347,6 +347,8 @@ cdef int take_word(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffer
         return take_prepare(w, fd, h, epoch)
     if h.nbytes:
         return -EPROTO
+    if h.kind == W_SYNC:
+        return wire_say(w, W_SYNCED, 0, 0, 0, 0, NULL, 0)
     if h.kind == W_COMMIT:
         return start_here(w, EV_COMMIT)
     if h.kind == W_RESUME:
@@ -394,8 +396,8 @@ cdef int take_prepare(Wire_t *w, int fd, wire_head *h, uint32_t epoch) noexcept 
 
 
 cdef int take_dirty(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffer) noexcept nogil:
-    """Blocks that were written since they were sent: what is here of them is dropped. Answered by W_READY when it is
-    gone, where that is asked for."""
+    """A bit per block. Those that were written since they were sent: what is here of them is dropped. Or those that are
+    in a file which both sides share."""
     cdef Part_t *p
     cdef Region_t *r
     cdef uint64_t *bits = <uint64_t *>buffer
