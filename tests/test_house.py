@@ -195,6 +195,10 @@ MAY_ALLOCATE = {
     "child_free_slots": "a forked child, before its first touch",
     "region_leaves_budget": "a region is closed",
     "spill_close": "a region is closed",
+    "watch_begin": "a tracker is made",
+    "watch_end": "a tracker ends",
+    "foreign_begin": "a tracker is made",
+    "foreign_end": "a tracker ends",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, UffdError, Unavailable
+from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, SnapshotError, UffdError, Unavailable
 from .probe import Capabilities, probe
 
 try:
@@ -41,6 +41,7 @@ from .region import (  # noqa: E402
     Prefetch, Region, chunks, from_provider, pinned, populate, prefetch, region_of, zeros,
 )
 from .stats import LatencyHistogram, Stats  # noqa: E402
+from .tracking import Tracker, track  # noqa: E402
 
 
 def get_include() -> str:
@@ -50,7 +51,7 @@ def get_include() -> str:
 
 __all__ = [
     "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "Provider",
-    "ProviderError", "Region", "RegionClosed", "Stats", "UffdError", "Unavailable", "chunks", "default_engine",
-    "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch", "probe", "providers",
-    "region_of", "zeros",
+    "ProviderError", "Region", "RegionClosed", "SnapshotError", "Stats", "Tracker", "UffdError", "Unavailable",
+    "chunks", "default_engine", "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch",
+    "probe", "providers", "region_of", "track", "zeros",
 ]

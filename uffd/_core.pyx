@@ -111,6 +111,8 @@ cdef void serve_messages(Slot *s, Region_t *r, uf_msg *message, int n) noexcept 
         count_fault(s, r, f)
         if f & UF_FLAG_WP == 0 and few_blocks(s.engine):
             note_touch(s.engine, message[i].ptid, message[i].address)
+        if f & UF_FLAG_WP and u32_load(&r.watched) and lift_page(s, r, message[i].address):
+            continue
         if f & UF_FLAG_WP == 0 and fills_itself(s, r, b, message[i].ptid):
             continue
         k = m
@@ -172,8 +174,11 @@ cdef int answer(Slot *s, Region_t *r, uint64_t *block, uint32_t *flags, int k, i
         while k + n < m and block[k + n] == b + <uint64_t>n and flags[k + n] & UF_FLAG_WRITE:
             n += 1
         n = <int>lift_run(s, r, b, <uint32_t>n)
-        if n == 0:
+        if n == 0 and not u32_load(&r.watched):
             return k
+        if n == 0 and flags[k] & UF_FLAG_WP:
+            uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), block_span(r, b))    # asked again, with its page
+            return k + 1
         if flags[k] & UF_FLAG_WP:
             return k + n
         n = 1                               # a page of a block that is there is not: go on below
@@ -334,6 +339,8 @@ include "_keeper.pxi"
 include "_api.pxi"
 include "_region.pxi"
 include "_memory.pxi"
+include "_track.pxi"
+include "_foreign.pxi"
 include "_hostside.pxi"
 include "_hosttake.pxi"
 include "_hostwrite.pxi"
@@ -341,6 +348,7 @@ include "_hostwrite.pxi"
 
 cdef int _start() except -1:
     pthread_mutex_init(&registry_lock, NULL)
+    pthread_mutex_init(&foreign_lock, NULL)
     bus_deliver_set(&inline_deliver)
     if pthread_atfork(&fork_prepare, &fork_parent, &fork_child) != 0:
         raise MemoryError("pthread_atfork")

@@ -55,6 +55,7 @@ cdef enum:
     CGROUPS = 8
     ERRORS = 64                 # failed blocks whose number of tries is remembered
     NOTES = 1 << 14             # blocks that came, of which the policy has not heard yet
+    WATCHES = 8                 # who may ask at once which pages of a region were written
     CLASSES = 13                # pools of moved-out blocks, by block size: 4 KiB to 16 MiB
     EPOCHS = 255                # spill files of a region: one more after each fork that shares the last one
 
@@ -143,6 +144,12 @@ cdef struct BlockError:
     int32_t error
     uint64_t at                 # of a failed write: which of the region's it was
 
+cdef struct Watch_t:            # somebody who asks which pages of a region are written: _track.pxi
+    Region_t *region
+    uint64_t first              # pages of the region, [first, end)
+    uint64_t end
+    uint64_t *bits              # one per page, lazily touched
+
 cdef struct Region_t:
     # constant from making to closing
     uint64_t id
@@ -191,6 +198,9 @@ cdef struct Region_t:
     uint32_t closing
     uint32_t stuck              # references held by workers whose fill hangs for good
     uint32_t in_child           # after a fork, shared backing: alias holds the parent's dirty blocks
+    Watch_t *watch[WATCHES]     # set under registry_lock, read inside `critical`
+    uint32_t watched            # how many of them there are
+    uint32_t halted             # HALT_*: nobody may write to it now
     uint64_t odd_block          # of the last SIGBUS that was none of ours, with thread delivery; a heuristic, relaxed
     uint32_t odd_count
     uint32_t gone               # torn down: what Python kept alive for it may go

@@ -274,6 +274,7 @@ cdef uint32_t move_to_pool(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_
         if not r.guard:
             pooled[0] = POOLED_DIRTY        # it was unprotected for a moment: a write may be in it
         err = move_pages(e.pool_fd, slot, start, block_span(r, b), 0, &moved)
+        mark_block(r, b)
         if err != 0 and not r.guard and r.protect:
             pooled[0] = DIRTY
         elif err != 0:
@@ -291,7 +292,8 @@ cdef uint32_t move_to_pool(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_
         return <uint32_t>(moved >> r.shift)
     count(s, r, C_EVICT_BUSY, 1)
     if part:
-        move_back(r, start + moved, slot + moved, part, pooled[0] == POOLED)
+        move_back(r, start + moved, slot + moved, part,
+                  pooled[0] == POOLED or watched_run(r, b + (moved >> r.shift), b + (moved >> r.shift) + 1))
     return <uint32_t>(moved >> r.shift)
 
 
@@ -313,6 +315,7 @@ cdef bint unshare(Region_t *r, uint64_t b) noexcept nogil:
     cdef char *start = r.base + (b << r.shift)
     if not can_store(r) and not r.guard:
         return False
+    mark_block(r, b)                        # and once more when it is moved: it is writable in between
     if r.protect and uf_writeprotect(r.fd, <uint64_t>start, block_span(r, b), 0) != 0:
         return False
     return map_unshare(start, block_span(r, b)) == 0 or r.protect
@@ -409,6 +412,8 @@ cdef uint32_t drop_block(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
     if not claim_out(s, r, b, state, EVICTING):
         critical_leave(s)
         return GO_AGAIN
+    if forgets:
+        mark_block(r, b)
     leave_pool(s, r, b, 0 if forgets else STICKY)
     critical_leave(s)
     return GO_GONE
@@ -444,7 +449,8 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
     all others are moved.
     """
     cdef uint32_t word = u32_load(&r.state[b]), state = word & STATE_MASK
-    cdef bint protect = state == POOLED and not (write and r.writable) and r.protect
+    cdef bint watched = u32_load(&r.watched) != 0
+    cdef bint protect = r.protect and (state == POOLED and not (write and r.writable) or watched)
     cdef bint shared = is_shared(r), can_move = r.moves and r.engine.pool_fd >= 0
     cdef bint copies = not shared and (not can_move or protect and not r.guard)
     cdef uint64_t span = block_span(r, b)
@@ -458,14 +464,18 @@ cdef bint rescue(Slot *s, Region_t *r, uint64_t b, bint write) noexcept nogil:
         charged = room_charge(r.engine, span) or pool_trim(r.engine, span) and room_charge(r.engine, span)
     critical_enter(s)
     if claim(s, r, b, state):
-        if shared:
+        if not protect and watched_run(r, b, b + 1):
+            came = False                    # since a moment ago; it is asked for again
+            if charged:
+                room_give(r.engine, span)
+        elif shared:
             came = place_run(r, OP_CONTINUE, <uint64_t>(r.base + (b << r.shift)), 0, span,
                              UF_CONTINUE_WP if protect else 0) >= 0
         else:
             came = bring_in(r, b, protect, copies, charged)
         if came:
             count(s, r, C_RESCUED, 1)
-            publish(r, b, 1, CLEAN if protect or state == POOLED and not r.writable else DIRTY)
+            publish(r, b, 1, CLEAN if state == POOLED and (protect or not r.writable) else DIRTY)
         else:
             publish(r, b, 1, state)
             uf_wake(r.fd, <uint64_t>(r.base + (b << r.shift)), span)    # it asks again
@@ -624,6 +634,7 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
         if state == MISSING and word & SPILLED:
             critical_enter(s)
             if claim(s, r, b, MISSING):
+                mark_block(r, b)
                 publish_as(r, b, 1, MISSING, 0)
             critical_leave(s)
         elif state == CLEAN or state == DIRTY or state == POOLED or state == POOLED_DIRTY:
@@ -639,6 +650,8 @@ cdef bint discard_block(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexce
     if not claim_out(s, r, b, state, EVICTING):
         critical_leave(s)
         return False
+    if u32_load(&r.state[b]) & SPILLED or is_dirty(state):
+        mark_block(r, b)
     if state == POOLED or state == POOLED_DIRTY:
         leave_pool(s, r, b, 0)
     else:

@@ -415,7 +415,8 @@ cdef int write_pages(Region_t *r, uint64_t offset, uint64_t nbytes) noexcept nog
 cdef int place(Slot *s, Region_t *r, uint64_t offset, uint64_t span, const char *source) noexcept nogil:
     """Puts the pages in. 0; 1 when some were there already, of unknown history; or -errno."""
     cdef uint64_t start = <uint64_t>r.base + offset
-    cdef bint protect = r.protect and not s.write
+    cdef bint watched = watched_run(r, offset >> r.shift, (offset + span + (<uint64_t>1 << r.shift) - 1) >> r.shift)
+    cdef bint protect = r.protect and (not s.write or watched)      # watched: each page's first write is a fault
     cdef int err
     if s.repair:
         return place_around(r, start, span, source, protect)
@@ -427,7 +428,10 @@ cdef int place(Slot *s, Region_t *r, uint64_t offset, uint64_t span, const char 
         err = place_run(r, OP_ZEROPAGE, start, 0, span, 0)
     else:
         err = place_run(r, OP_COPY, start, <uint64_t>source, span, UF_COPY_WP if protect else 0)
-    if err > 0 and protect:
+    if err > 0 and watched:
+        mark_pages(r, offset / PAGE, (offset + span) / PAGE)
+        uf_writeprotect(r.fd, start, span, UF_WRITEPROTECT_WP)
+    elif err > 0 and protect:
         uf_writeprotect(r.fd, start, span, 0)
     return err
 
@@ -485,6 +489,8 @@ cdef int place_around(Region_t *r, uint64_t start, uint64_t span, const char *so
             err = place_run(r, OP_CONTINUE, start + at, 0, PAGE, UF_CONTINUE_WP if protect else 0)
         if err < 0:
             return err
+        if err == 0:                        # what had been written there is gone
+            mark_pages(r, (start + at - <uint64_t>r.base) / PAGE, (start + at - <uint64_t>r.base) / PAGE + 1)
         at += PAGE
     uf_wake(r.fd, start, span)
     return 0
@@ -493,10 +499,11 @@ cdef int place_around(Region_t *r, uint64_t start, uint64_t span, const char *so
 # ---- the first write, and blocks that are there -----------------------------------------------------------------
 
 cdef uint32_t lift_run(Slot *s, Region_t *r, uint64_t b, uint32_t most) noexcept nogil:
-    """CLEAN > UNPROTECTING > DIRTY for the blocks from b on, at most `most`; how many. One ioctl; it wakes writers."""
+    """CLEAN > UNPROTECTING > DIRTY for the blocks from b on, at most `most` and none that is watched; how many. One
+    ioctl; it wakes writers."""
     cdef uint32_t n = 0, word
     critical_enter(s)
-    while n < most:
+    while n < most and not watched_run(r, b + n, b + n + 1):
         word = u32_load(&r.state[b + n])
         if word & STATE_MASK != CLEAN:
             break
@@ -516,7 +523,9 @@ cdef void lift_again(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
     cdef uint32_t word
     critical_enter(s)
     word = u32_load(&r.state[b])
-    if word & STATE_MASK == DIRTY and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
+    if watched_run(r, b, b + 1):
+        pass                                # page by page, with the address of a fresh message
+    elif word & STATE_MASK == DIRTY and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
         unprotect(r, b, 1)
         publish(r, b, 1, DIRTY)
     critical_leave(s)
@@ -579,7 +588,7 @@ cdef bint remap_block(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept
     word = u32_load(&r.state[b])
     if word & STATE_MASK == state and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
         err = place_run(r, OP_CONTINUE, start, 0, block_span(r, b),
-                        UF_CONTINUE_WP if r.protect and state == CLEAN else 0)
+                        UF_CONTINUE_WP if r.protect and (state == CLEAN or watched_run(r, b, b + 1)) else 0)
         publish(r, b, 1, state)
     else:
         uf_wake(r.fd, start, block_span(r, b))      # it changed meanwhile: the touch asks again

@@ -7,6 +7,7 @@ cdef void fork_prepare() noexcept nogil:
     """Nobody changes a block's state while the kernel copies the process, page after page."""
     cdef Engine_t *e
     cdef uint64_t i
+    pthread_mutex_lock(&foreign_lock)
     pthread_mutex_lock(&registry_lock)
     u32_store_seq(&fork_gate, 1)
     e = engines
@@ -32,6 +33,7 @@ cdef void fork_parent() noexcept nogil:
         pthread_mutex_unlock(&e.job_lock)
         e = e.next
     pthread_mutex_unlock(&registry_lock)
+    pthread_mutex_unlock(&foreign_lock)
 
 
 cdef void keep_for_child(Region_t *r) noexcept nogil:
@@ -53,6 +55,7 @@ cdef void fork_child() noexcept nogil:
     cdef uint64_t i
     u32_store_seq(&fork_gate, 0)
     pthread_mutex_init(&registry_lock, NULL)
+    foreign_fork_child()
     memset(stripe, 0, sizeof(stripe))
     bus_after_fork()
     while e != NULL:
@@ -264,12 +267,14 @@ cdef int child_make_private(Region_t *r) noexcept nogil:
 
 
 cdef void child_protect(Region_t *r) noexcept nogil:
-    """fork() dropped the write protection: the child's clean blocks get it back, so that its dirty ones are known."""
+    """fork() dropped the write protection: the child's clean blocks get it back, so that its dirty ones are known, and
+    all blocks that are watched."""
     cdef uint64_t b = 0, last = 0, first
     while next_known(r, &b, &last):
         while b < last:
             first = b
-            while b < last and r.state[b] & STATE_MASK == CLEAN:
+            while b < last and (r.state[b] & STATE_MASK == CLEAN or
+                                r.state[b] & STATE_MASK == DIRTY and watched_run(r, b, b + 1)):
                 b += 1
             if b > first:
                 uf_writeprotect(r.fd, <uint64_t>(r.base + (first << r.shift)),

@@ -165,13 +165,14 @@ cdef int inline_deliver(uint64_t address, int write) noexcept nogil:
     cdef int verdict
     if r == NULL:
         return BUS_NOT_OURS
-    verdict = inline_serve(r, (address - <uint64_t>r.base) >> r.shift, write)
+    verdict = inline_serve(r, address, write)
     region_release(r)
     return verdict
 
 
-cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
+cdef int inline_serve(Region_t *r, uint64_t address, int write) noexcept nogil:
     """Acts on the block's state until the fault can be tried again. write: 1, 0, or -1 where that is not known."""
+    cdef uint64_t b = (address - <uint64_t>r.base) >> r.shift
     cdef uint32_t word, state
     cdef uint64_t asked_ns = 0
     cdef int verdict
@@ -201,7 +202,7 @@ cdef int inline_serve(Region_t *r, uint64_t b, int write) noexcept nogil:
         elif state == POOLED or state == POOLED_DIRTY:
             verdict = inline_rescue(r, b, write > 0)
         elif state == CLEAN or state == DIRTY:
-            verdict = inline_present(r, b, write, state)
+            verdict = inline_present(r, address, write, state)
         else:
             verdict = inline_wait(r, b, word)
         if verdict != BUS_NOT_OURS:
@@ -270,8 +271,9 @@ cdef uint64_t inline_ask(Region_t *r, uint64_t b, bint write, uint32_t word, uin
     return asked_ns
 
 
-cdef int inline_present(Region_t *r, uint64_t b, int write, uint32_t state) noexcept nogil:
+cdef int inline_present(Region_t *r, uint64_t address, int write, uint32_t state) noexcept nogil:
     """A fault on a block that is there: its first write, somebody else's fill just ended, or pages were dropped."""
+    cdef uint64_t b = (address - <uint64_t>r.base) >> r.shift
     cdef Slot *s
     cdef int verdict = BUS_SERVED
     if state == CLEAN and write < 0 and (r.minor or block_present(r, b)):
@@ -282,7 +284,13 @@ cdef int inline_present(Region_t *r, uint64_t b, int write, uint32_t state) noex
         forbid_write(r, b)
         return BUS_SERVED
     s = inline_borrow(r.engine)
-    if write > 0 and state == CLEAN and lift_run(s, r, b, 1):
+    if u32_load(&r.watched) and write != 0 and lift_page(s, r, address):
+        count(s, r, C_FAULTS_WP, 1)
+        state = DIRTY
+        if not r.minor and block_present(r, b):
+            inline_return(r.engine, s)
+            return BUS_SERVED
+    elif write > 0 and state == CLEAN and lift_run(s, r, b, 1):
         count(s, r, C_FAULTS_WP, 1)
         if not r.minor and block_present(r, b):
             inline_return(r.engine, s)

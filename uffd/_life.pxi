@@ -158,6 +158,7 @@ cdef int region_map(Region_t *r) noexcept nogil:
 
 cdef void region_unmap(Region_t *r) noexcept nogil:
     """Who still waits in a fault there gets SIGSEGV: the range turns inaccessible before the uffd lets them go."""
+    cdef int i
     if r.base != NULL:
         map_forbid(r.base, r.span)
     if r.fd >= 0:
@@ -168,6 +169,9 @@ cdef void region_unmap(Region_t *r) noexcept nogil:
         munmap(r.alias, r.span)             # else a fill that hangs may still write there: it stays for ever
     if r.memfd >= 0:
         close(r.memfd)
+    for i in range(WATCHES if r.stuck == 0 else 0):
+        if r.watch[i] != NULL:
+            munmap(r.watch[i], watch_span(r.watch[i].end - r.watch[i].first))
     if r.stuck == 0 and r.state != NULL:
         munmap(r.state, state_bytes(r))
     if r.texts != NULL:

@@ -196,6 +196,9 @@ cdef class Region:
                 b = <uint64_t>pair[2 * i]
                 end = <uint64_t>pair[2 * i + 1]
                 while b < end:
+                    if u32_load(&r.watched) and lift_whole(s, r, b):
+                        b += 1
+                        continue
                     n = lift_run(s, r, b, <uint32_t>(end - b if end - b < MAX_RUN else MAX_RUN))
                     b += n if n else 1
             inline_return(r.engine, s)

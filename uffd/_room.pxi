@@ -324,7 +324,9 @@ cdef int place_recycled(Slot *s, Region_t *r, uint64_t start, uint64_t span, bin
     """Moves the run's pages in from their slots. 0, 1 when some were there already, or -errno."""
     cdef uint64_t source = <uint64_t>recycled_buffer(s, r)
     cdef uint64_t done = 0
-    cdef int err = move_pages(r.fd, start, source, span, UF_MOVE_DONTWAKE if protect else 0, &done)
+    cdef int err = -EBUSY                   # of memory that is watched a write must not slip in before the protection
+    if not protect or r.guard:
+        err = move_pages(r.fd, start, source, span, UF_MOVE_DONTWAKE if protect else 0, &done)
     if err == 0:
         hole_give(r.engine, r.shift, s.recycled_at, s.recycled)
         count(s, r, C_RECYCLED, s.recycled)

@@ -297,7 +297,7 @@ cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t 
         if err != 0 and state == CLEAN:
             if not u32_cas(&r.state[b], word, word & ~<uint32_t>STATE_MASK | UNPROTECTING):
                 continue
-            if r.protect:
+            if r.protect and not watched_run(r, b, b + 1):
                 unprotect(r, b, 1)
             publish_as(r, b, 1, DIRTY, SPILLED)
             return

@@ -87,6 +87,20 @@ struct uf_msg {                                  /* what read() on a userfaultfd
     uint32_t ptid, reserved4;
 };
 
+/* ---- which pages are there, and written: PAGEMAP_SCAN, 6.7 ----------------------------------------------------- */
+
+enum { PM_WRITTEN = 1u << 1, PM_PRESENT = 1u << 3, PM_SWAPPED = 1u << 4, PM_ZERO = 1u << 5 };
+enum { PM_SCAN_PROTECT = 1, PM_SCAN_CHECK = 2 };      /* protect what matches; EPERM where that is not WP_ASYNC */
+
+struct pm_run { uint64_t start, end, categories; };
+struct pm_scan {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t inverted, all_of, any_of, returned;
+};
+#define PM_IOC_SCAN _IOWR('f', 16, struct pm_scan)
+
+_Static_assert(sizeof(struct pm_scan) == 96 && sizeof(struct pm_run) == 24, "kernel structures");
+
 #define UF_IOC_NEW _IO(0xAA, 0x00)               /* on /dev/userfaultfd, 6.1 */
 #define UF_IOC_API _IOWR(0xAA, 0x3F, struct uf_api)
 #define UF_IOC_REGISTER _IOWR(0xAA, 0x00, struct uf_register)
@@ -220,6 +234,35 @@ static inline int uf_register(int fd, uint64_t start, uint64_t len, uint64_t mod
         return -errno;
     *ioctls = a.ioctls;
     return 0;
+}
+
+static inline int uf_unregister(int fd, uint64_t start, uint64_t len)
+{
+    struct uf_range a = { start, len };
+    return ioctl(fd, UF_IOC_UNREGISTER, &a) ? -errno : 0;
+}
+
+/* The number of runs that it put into s->vec, or -errno; s->walk_end says how far it came. */
+static inline int pm_scan(int fd, struct pm_scan *s)
+{
+    int n;
+    s->size = sizeof *s;
+    do
+        n = ioctl(fd, PM_IOC_SCAN, s);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+static inline int pm_open(void)
+{
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+/* Whether all of the range is mapped by something. */
+static inline int range_mapped(uint64_t start, uint64_t len)
+{
+    return msync((void *)(uintptr_t)start, len, MS_ASYNC) == 0 || errno != ENOMEM;
 }
 
 static inline int uf_wake(int fd, uint64_t start, uint64_t len)

@@ -57,6 +57,27 @@ cdef extern from "_sys.h" nogil:
     int uf_open(int way) noexcept
     int uf_api(int fd, uint64_t *features, uint64_t *ioctls) noexcept
     int uf_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint64_t *ioctls) noexcept
+    enum:
+        PM_WRITTEN, PM_PRESENT, PM_SWAPPED, PM_ZERO, PM_SCAN_PROTECT, PM_SCAN_CHECK
+    struct pm_run:
+        uint64_t start
+        uint64_t end
+        uint64_t categories
+    struct pm_scan_request "pm_scan":
+        uint64_t flags
+        uint64_t start
+        uint64_t end
+        uint64_t walk_end
+        uint64_t vec
+        uint64_t vec_len
+        uint64_t inverted
+        uint64_t all_of
+        uint64_t any_of
+        uint64_t returned
+    int pm_scan(int fd, pm_scan_request *s) noexcept
+    int pm_open() noexcept
+    bint range_mapped(uint64_t start, uint64_t len) noexcept
+    int uf_unregister(int fd, uint64_t start, uint64_t len) noexcept
     int uf_wake(int fd, uint64_t start, uint64_t len) noexcept
     int uf_copy(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done) noexcept
     int uf_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done) noexcept
@@ -129,7 +150,7 @@ cdef extern from "_sys.h" nogil:
     void *MAP_FAILED
     int errno
     int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ETIMEDOUT, ENOSPC
-    int ENOSYS, EINVAL, ENOTSUP, EBUSY, ECONNRESET, ECHILD
+    int ENOSYS, EINVAL, ENOTSUP, EBUSY, ECONNRESET, ECHILD, EPERM, ESTALE
 
 cdef extern from "_sigbus.h" nogil:
     enum:

@@ -3,7 +3,8 @@ to do."""
 
 from __future__ import annotations
 
-__all__ = ["BudgetError", "DegradedWarning", "ProviderError", "RegionClosed", "UffdError", "Unavailable"]
+__all__ = ["BudgetError", "DegradedWarning", "ProviderError", "RegionClosed", "SnapshotError", "UffdError",
+           "Unavailable"]
 
 
 class UffdError(Exception):
@@ -37,6 +38,10 @@ class ProviderError(UffdError, OSError):
 
 class RegionClosed(UffdError, ValueError):
     """The region was closed; its arrays, if any live, still work."""
+
+
+class SnapshotError(UffdError):
+    """Memory can't be tracked or imaged (any more): it was freed or moved ("tracking lost"), or can't be had whole."""
 
 
 class BudgetError(UffdError, MemoryError):
