@@ -199,6 +199,7 @@ MAY_ALLOCATE = {
     "watch_end": "a tracker ends",
     "foreign_begin": "a tracker is made",
     "foreign_end": "a tracker ends",
+    "protect_blocks": "before the fault threads' gate opens, on kernels where a hole can't be protected",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"

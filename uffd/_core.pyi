@@ -146,8 +146,12 @@ class ForeignWatch:
 # Images of memory at one instant. ranges: [(buffer or view of a region, where its bytes go in the file fd), ...].
 @disjoint_base
 class Imager:
-    instant_ns: int  # CLOCK_REALTIME
-    pause_ns: int
+    @property
+    def instant_ns(self) -> int: ...  # CLOCK_REALTIME
+    @property
+    def pause_ns(self) -> int: ...
+    @property
+    def keep(self) -> bool: ...
     def __init__(self, ranges: list[tuple[Any, int]], fd: int, *, memory_limit_bytes: int, keep: bool = False,
                  previous: Imager | None = None) -> None: ...
     def start(self) -> None: ...

@@ -149,6 +149,7 @@ cdef struct Watch_t:            # somebody who asks which pages of a region are 
     uint64_t first              # pages of the region, [first, end)
     uint64_t end
     uint64_t *bits              # one per page, lazily touched
+    bint coarse                 # asks for blocks only
 
 cdef struct Region_t:
     # constant from making to closing
@@ -201,6 +202,9 @@ cdef struct Region_t:
     Watch_t *watch[WATCHES]     # set under registry_lock, read inside `critical`
     uint32_t watched            # how many of them there are
     uint32_t halted             # HALT_*: nobody may write to it now
+    void *image                 # RegionPart of the image under way; set under registry_lock, read inside `critical`
+    uint32_t image_gate         # futex; 1: an image is being begun, and no write is let go
+    uint32_t image_turn         # futex: changes whenever a block was saved
     uint64_t odd_block          # of the last SIGBUS that was none of ours, with thread delivery; a heuristic, relaxed
     uint32_t odd_count
     uint32_t gone               # torn down: what Python kept alive for it may go
