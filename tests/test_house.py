@@ -206,6 +206,7 @@ MAY_ALLOCATE = {
     "take_prepare": "a migration's own thread, before the hand-over",
     "give_back": "memory that was handed over, which no program touches any more",
     "rearm": "a migration's hand-over failed, and its file is mapped by this process alone again",
+    "protect_blocks": "before the fault threads' gate opens, on kernels where a hole can't be protected",
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"

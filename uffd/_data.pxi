@@ -159,6 +159,7 @@ cdef struct Watch_t:            # somebody who asks which pages of a region are 
     uint64_t first              # pages of the region, [first, end)
     uint64_t end
     uint64_t *bits              # one per page, lazily touched
+    bint coarse                 # asks for blocks only
 
 cdef struct Region_t:
     # constant from making to closing
@@ -199,6 +200,8 @@ cdef struct Region_t:
     uint32_t *node              # the policy's node of the block, perhaps a stale one: under policy_lock
     uint32_t *place             # of a pooled block: its slot in the pool; written before POOLED is published
     uint8_t *pins               # calls that pinned the block; 255: for good
+    uint32_t *touched           # blocks + 1 in the order in which touches and read-ahead brought them; or NULL
+    uint64_t touched_count
     uint8_t *spill              # of a spilled block: which of the spill files. Where a native store is written back to:
                                 # UNSYNCED .. LOST, by CAS
     Spill_t *spills             # private regions; NULL: nothing can be written back
@@ -211,6 +214,9 @@ cdef struct Region_t:
     uint32_t in_child           # after a fork, shared backing: alias holds the parent's dirty blocks
     Watch_t *watch[WATCHES]     # set under registry_lock, read inside `critical`
     uint32_t watched            # how many of them there are
+    void *image                 # RegionPart of the image under way; set under registry_lock, read inside `critical`
+    uint32_t image_gate         # futex; 1: an image is being begun, and no write is let go
+    uint32_t image_turn         # futex: changes whenever a block was saved
     uint64_t odd_block          # of the last SIGBUS that was none of ours, with thread delivery; a heuristic, relaxed
     uint32_t odd_count
     uint32_t gone               # torn down: what Python kept alive for it may go

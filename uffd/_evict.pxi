@@ -315,8 +315,8 @@ cdef void move_back(Region_t *r, uint64_t start, uint64_t slot, uint64_t nbytes,
 cdef bint unshare(Region_t *r, uint64_t b) noexcept nogil:
     """A block that shares pages with a forked process gets its own; False where that can't be, or would not help."""
     cdef char *start = r.base + (b << r.shift)
-    if not can_store(r) and not r.guard:
-        return False
+    if not can_store(r) and not r.guard or u32_load_seq(&r.image_gate) or image_unsaved(r, b) != NULL:
+        return False                        # (an image that lacks it: it must not be writable before it is saved)
     mark_block(r, b)                        # and once more when it is moved: it is writable in between
     if r.protect and uf_writeprotect(r.fd, <uint64_t>start, block_span(r, b), 0) != 0:
         return False
@@ -408,6 +408,7 @@ cdef uint32_t drop_block(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
     """The oldest block of the pool leaves memory, if its bytes are in its store; its fate."""
     cdef uint32_t word = u32_load(&r.state[b]), state = word & STATE_MASK
     cdef bint forgets = state == POOLED_DIRTY and r.volatile_pages
+    cdef bint kept
     if word & WRITING or state == POOLED_DIRTY and not forgets:
         if not word & WRITING:
             writer_ask(r, b, 1)
@@ -417,7 +418,8 @@ cdef uint32_t drop_block(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
     if state != POOLED and not forgets:
         return GO_RESCUED
     critical_enter(s)
-    if not claim_out(s, r, b, state, EVICTING):
+    kept = forgets and (u32_load_seq(&r.image_gate) or image_unsaved(r, b) != NULL)     # an image has it first
+    if kept or not claim_out(s, r, b, state, EVICTING):
         critical_leave(s)
         return GO_AGAIN
     if forgets:
@@ -669,7 +671,8 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
         if is_busy(state) or word & WRITING:
             return b
         if state == MISSING and word & SPILLED:
-            critical_enter(s)
+            if image_keeps(s, r, b):
+                return b
             if claim(s, r, b, MISSING):
                 mark_block(r, b)
                 publish_as(r, b, 1, MISSING, 0)
@@ -684,7 +687,8 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
 
 cdef bint discard_block(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept nogil:
     cdef char *start = r.base + (b << r.shift)
-    critical_enter(s)
+    if image_keeps(s, r, b):
+        return False
     if not claim_out(s, r, b, state, EVICTING):
         critical_leave(s)
         return False

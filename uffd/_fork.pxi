@@ -211,6 +211,9 @@ cdef void child_region(Region_t *r) noexcept nogil:
     r.stuck = 0
     r.ahead_lock = 0
     r.writing = 0
+    r.image = NULL                          # it is the parent's
+    r.image_gate = 0
+    child_watches(r)
     r.writes_back = False                   # a store never gets a second writer by accident: private from here on
     r.flush_at_end = 0
     child_unwritten(r)
@@ -228,6 +231,15 @@ cdef void child_region(Region_t *r) noexcept nogil:
         if map_forbid(r.base, r.span) != 0:
             bus_die()                       # a signal, and no zeros
         say_child(b"a forked child could not take a region over; it will die if it touches it")
+
+
+cdef void child_watches(Region_t *r) noexcept nogil:
+    """Trackers go on; what an image had to watch is over."""
+    cdef uint32_t i
+    for i in range(<uint32_t>WATCHES):
+        if r.watch[i] != NULL and r.watch[i].coarse:
+            r.watch[i] = NULL
+            r.watched -= 1
 
 
 cdef void child_unwritten(Region_t *r) noexcept nogil:

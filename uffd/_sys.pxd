@@ -49,6 +49,8 @@ cdef extern from "_sys.h" nogil:
     int u64_log2(uint64_t v) noexcept
     int u64_count(uint64_t v) noexcept
     uint64_t now_ns() noexcept
+    uint64_t real_ns() noexcept
+    int getpid() noexcept
     void futex_wait(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
     void futex_wake_all(uint32_t *word) noexcept
     void nap(unsigned int tries) noexcept
@@ -151,7 +153,7 @@ cdef extern from "_sys.h" nogil:
     void *MAP_FAILED
     int errno
     int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ETIMEDOUT, ENOSPC
-    int ENOSYS, EINVAL, ENOTSUP, EBUSY, ECONNRESET, ECHILD, EPERM, ESTALE
+    int ENOSYS, EINVAL, ENOTSUP, EBUSY, ECONNRESET, ECHILD, EPERM, ESTALE, ENOTTY
 
 cdef extern from "_sigbus.h" nogil:
     enum:

@@ -107,44 +107,69 @@ cdef uint64_t bits_spread(uint64_t *bits, uint64_t first, uint64_t end, bint cle
 
 cdef bint lift_page(Slot *s, Region_t *r, uint64_t address) noexcept nogil:
     """A write to a protected page of a watched block that is there: marked and lifted, and its block is DIRTY. False:
-    the block is in no state for that, or is not watched. While a migration has stopped writers, it sleeps on."""
-    cdef uint64_t page = (address - <uint64_t>r.base) / PAGE, b = (address - <uint64_t>r.base) >> r.shift
-    cdef uint32_t word, frozen
-    cdef bint lifted = False
-    critical_enter(s)
-    word = u32_load(&r.state[b])
+    the block is in no state for that, or is not watched. While a migration has stopped writers it sleeps
+    on; while an image lacks the block, and has no room for it, too."""
+    cdef uint64_t first = (address - <uint64_t>r.base) / PAGE, b = (address - <uint64_t>r.base) >> r.shift
+    cdef uint64_t end = first + 1
+    cdef uint32_t frozen
+    cdef bint lifted = False, parked
+    image_waits(s, r)
     frozen = u32_load_seq(&r.frozen)
-    if not watched_run(r, b, b + 1) or word & STATE_MASK != CLEAN and word & STATE_MASK != DIRTY:
+    if not watched_run(r, b, b + 1) or not is_there(r, b):
         critical_leave(s)
         return False
-    if not frozen and u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
-        mark_pages(r, page, page + 1)
-        unprotect_pages(r, page, page + 1)
-        mark_pages(r, page, page + 1)
-        publish(r, b, 1, DIRTY)
-        lifted = True
+    parked = not frozen and image_saves(s, r, b) == SAVED_PARK
+    if not parked and not frozen:
+        if not watched_finely(r, b):
+            first = (b << r.shift) / PAGE
+            end = first + block_span(r, b) / PAGE
+        lifted = lift_marked(r, b, first, end)
     critical_leave(s)
     if frozen:
         wire_parked(r)
         if r.is_inline:
             futex_wait(&r.frozen, 1, SECOND_NS)
-    return lifted or frozen != 0
+    return lifted or parked or frozen != 0
+
+
+cdef inline bint is_there(Region_t *r, uint64_t b) noexcept nogil:
+    cdef uint32_t state = u32_load(&r.state[b]) & STATE_MASK
+    return state == CLEAN or state == DIRTY
+
+
+cdef bint watched_finely(Region_t *r, uint64_t b) noexcept nogil:
+    """Whether somebody asks for the block's pages one by one. Inside `critical`."""
+    cdef uint32_t i
+    cdef Watch_t *w
+    for i in range(<uint32_t>WATCHES):
+        w = <Watch_t *>ptr_load(&r.watch[i])
+        if w != NULL and not w.coarse and w.first < ((b + 1) << r.shift) / PAGE and (b << r.shift) / PAGE < w.end:
+            return True
+    return False
+
+
+cdef bint lift_marked(Region_t *r, uint64_t b, uint64_t first, uint64_t end) noexcept nogil:
+    """Pages [first, end) of block b turn writable, and have marks. Inside `critical`."""
+    cdef uint32_t word = u32_load(&r.state[b])
+    if word & STATE_MASK != CLEAN and word & STATE_MASK != DIRTY:
+        return False
+    if not u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
+        return False
+    mark_pages(r, first, end)
+    unprotect_pages(r, first, end)
+    mark_pages(r, first, end)
+    publish(r, b, 1, DIRTY)
+    return True
 
 
 cdef bint lift_whole(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
     """All of a watched block, present, writable and marked: the kernel itself is to write there, where its faults are
-    not served."""
-    cdef uint32_t word
+    not served. (There is no image of such a region.)"""
+    cdef uint64_t first = (b << r.shift) / PAGE
     cdef bint lifted = False
     critical_enter(s)
-    word = u32_load(&r.state[b])
-    if (word & STATE_MASK == CLEAN or word & STATE_MASK == DIRTY) and not u32_load_seq(&r.frozen) and \
-            u32_cas(&r.state[b], word, (word & ~<uint32_t>STATE_MASK) | UNPROTECTING):
-        mark_block(r, b)
-        unprotect(r, b, 1)
-        mark_block(r, b)
-        publish(r, b, 1, DIRTY)
-        lifted = True
+    if is_there(r, b) and not u32_load_seq(&r.frozen):
+        lifted = lift_marked(r, b, first, first + block_span(r, b) / PAGE)
     critical_leave(s)
     return lifted
 

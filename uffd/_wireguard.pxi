@@ -53,15 +53,15 @@ cdef int protect_at(int fd, uint64_t start, uint64_t len, uint64_t mode) noexcep
     return err
 
 
-cdef int protect_blocks(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
+cdef int part_protect_run(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
     """Protects blocks [b, b + n): of ours (r) with the region's uffd, else what whole pages they have."""
     cdef uint64_t start, end
     cdef int err
     if r != NULL:
         err = protect_at(r.fd, <uint64_t>r.base + (b << r.shift), run_span(r, b, n), UF_WRITEPROTECT_WP)
         if err == -ENOENT and n > 1:        # the program has split the mapping with an madvise
-            err = protect_blocks(w, p, r, b, n / 2)
-            return protect_blocks(w, p, r, b + n / 2, n - n / 2) if err == 0 else err
+            err = part_protect_run(w, p, r, b, n / 2)
+            return part_protect_run(w, p, r, b + n / 2, n - n / 2) if err == 0 else err
         return err
     start = u64_max(<uint64_t>p.base + (b << p.shift), p.guarded)
     end = u64_min(<uint64_t>p.base + ((b + n) << p.shift), p.guarded + p.guarded_bytes)
@@ -75,14 +75,14 @@ cdef int part_protect(Wire_t *w, Part_t *p, Region_t *r) noexcept nogil:
     cdef uint64_t b = 0, last = 0, first
     cdef int err = 0
     if r == NULL:
-        return protect_blocks(w, p, NULL, 0, p.blocks)
+        return part_protect_run(w, p, NULL, 0, p.blocks)
     while err == 0 and next_known(r, &b, &last):
         while b < last and err == 0:
             first = b
             while b < last and u32_load(&r.state[b]) & STATE_MASK == DIRTY:
                 b += 1
             if b > first:
-                err = protect_blocks(w, p, r, first, b - first)
+                err = part_protect_run(w, p, r, first, b - first)
             else:
                 b += 1
     return err
@@ -107,7 +107,7 @@ cdef int collect(Wire_t *w, Part_t *p, Region_t *r, uint64_t *found) noexcept no
             n = 1
             while b + n < 64 and bits >> (b + n) & 1:
                 n += 1
-            err = protect_blocks(w, p, r, i * 64 + b, u64_min(n, p.blocks - i * 64 - b))
+            err = part_protect_run(w, p, r, i * 64 + b, u64_min(n, p.blocks - i * 64 - b))
             b = wire_next_bit(&bits, b + n, 64)
     return err
 

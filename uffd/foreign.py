@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ._coreless import core as _core
-from .errors import Unavailable
+from .errors import SnapshotError, Unavailable
 
-__all__ = ["Memory", "memory_of", "refuse_unmapped", "refusal", "span_of"]
+__all__ = ["Memory", "imaged_shared", "memory_of", "refusal", "refuse_unmapped", "span_of", "widened"]
 
 _SHARED_MEMORY = ("/dev/shm/", "/memfd:", "/dev/zero (deleted)", "/SYSV")
 
@@ -97,6 +97,8 @@ def refusal(number: int, start: int, end: int, what: str) -> Exception:
     if number == errno.EBUSY:
         return ValueError(where + "another userfaultfd has a part of it: a snapshot of it that is under way (wait for "
                           "its end), a tracker (close it first), or another program's")
+    if number in (errno.ENOENT, errno.EFAULT):
+        return SnapshotError(f"tracking lost: {where}a part of it was freed, moved or mapped anew")
     if number in (errno.EINVAL, errno.ENOTTY):
         return Unavailable(errno.ENOTSUP, where + "this kernel has no write protection for memory of that kind "
                            f"({', '.join(sorted({p.path or 'private' for p in memory_of(start, end)}))})")
@@ -110,3 +112,14 @@ def refusal(number: int, start: int, end: int, what: str) -> Exception:
 
 def _where(start: int, end: int) -> str:
     return f"memory of {end - start} bytes at {start:#x}"
+
+
+def imaged_shared(start: int, end: int) -> bool:
+    """Whether whole pages of memory that is to be imaged are shared memory. ValueError for what can't be imaged."""
+    pieces = memory_of(start, end)
+    refuse_unmapped(pieces, start, end)
+    for piece in pieces:
+        if not piece.anonymous and not piece.is_shared_memory:
+            raise ValueError(f"{_where(start, end)} is mapped from {piece.path}: a file mapping can be tracked, not "
+                             "imaged (the kernel can't stop writes to it); copy it, or take the snapshot by fork")
+    return any(piece.shared for piece in pieces)

@@ -35,9 +35,9 @@ def _end(number, frame):
 def _parser():
     parser = argparse.ArgumentParser(prog="uffd demo", description=(
         "Open a real model lazily, use a table that is larger than its memory, move a service to another process while "
-        "it is asked; every value is checked. At most a minute."))
-    parser.add_argument("--part", type=int, choices=(1, 2, 3), help="this part alone (1: files, 2: memory elsewhere, "
-                        "3: a move to another process)")
+        "it is asked, take images of memory that is being written; every value is checked. At most a minute."))
+    parser.add_argument("--part", type=int, choices=(1, 2, 3, 4), help="this part alone (1: files, 2: memory "
+                        "elsewhere, 3: a move to another process, 4: images of memory)")
     parser.add_argument("--data", metavar="PATH", type=Path,
                         help="a .safetensors, .npy or .b2nd file of yours instead of the model")
     parser.add_argument("--words", metavar="A-B,C-D", default=_PAIRS,
@@ -84,8 +84,8 @@ def _run(options):
 
 
 def _parts(path, pairs, options):
-    """The figures of part one, with those of the others under "part2", "part3"; "same_bits": whether all bits were."""
-    from . import part1_model, part2_memory, part3_move
+    """The figures of part one, with those of the others under "part2" to "part4"; "same_bits": whether all bits were."""
+    from . import part1_model, part2_memory, part3_move, part4_image
     from ._screen import Screen
 
     screen = Screen(quiet=options.json)
@@ -106,6 +106,11 @@ def _parts(path, pairs, options):
     if options.part in (None, 3):
         result["part3"] = part3_move.run(path, screen=screen, pairs=pairs)
         result["same_bits"] &= result["part3"]["same_bits"]
+    if options.part is None:
+        screen.line()
+    if options.part in (None, 4):
+        result["part4"] = part4_image.run(path, screen=screen)
+        result["same_bits"] &= result["part4"]["same_bits"]
     return result
 
 

@@ -1,0 +1,412 @@
+"""Images at one instant: every byte as it was then, whoever writes meanwhile; and what happens when it can't be.
+
+Writers keep a sum constant: they take from one array and give to another, in an order that lets no image see more than
+what is under way at one instant.
+"""
+
+import ctypes
+import errno
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import uffd
+from support import matrix
+from support.pattern import pattern
+from support.scripts import run_script
+
+PAGE = uffd._core.PAGE_BYTES
+LIMIT = 2 << 20
+STEP = 2048
+
+pytestmark = pytest.mark.skipif(matrix.filled_whole() or not matrix.full_mode(),
+                                reason="no full userfaultfd: images are made by fork")
+
+
+class Image:
+    """A file of arrays side by side, and the Imager that writes it."""
+
+    def __init__(self, arrays, folder, *, name="image", limit=LIMIT, **options):
+        self.file = open(folder / name, "w+b")
+        self.ranges, at = [], 0
+        for array in arrays:
+            self.ranges.append((array, at))
+            at += -(-array.nbytes // PAGE) * PAGE
+        os.truncate(self.file.fileno(), at)
+        self.core = uffd._core.Imager(self.ranges, self.file.fileno(), memory_limit_bytes=limit, **options)
+
+    def take(self):
+        self.core.start()
+        assert self.core.wait(20)
+        self.core.finish()
+        return self
+
+    def arrays(self):
+        data = np.fromfile(self.file.name, np.uint8)
+        return [data[at:at + a.nbytes].view(a.dtype).reshape(a.shape) for a, at in self.ranges]
+
+    def close(self):
+        self.core.close()
+        self.file.close()
+
+
+class Writers:
+    """Threads that move amounts from array to array without the GIL; the sum of all is `before`, or STEP less."""
+
+    def __init__(self, arrays, threads=2):
+        self.arrays, self.stop, self.lock, self.turns = arrays, threading.Event(), threading.Lock(), 0
+        self.threads = [threading.Thread(target=self.run, args=(k,), daemon=True) for k in range(threads)]
+
+    def run(self, seed):
+        rng = np.random.default_rng(seed)
+        while not self.stop.is_set():
+            one, other = rng.integers(0, len(self.arrays), 2)
+            i, j = (int(rng.integers(0, len(self.arrays[k]) - STEP + 1)) for k in (one, other))
+            with self.lock:
+                source, target = self.arrays[one][i:i + STEP], self.arrays[other][j:j + STEP]
+                np.subtract(source, 1, out=source)
+                np.add(target, 1, out=target)
+                self.turns += 1
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(20)
+            assert not thread.is_alive(), "a writer is left waiting"
+
+
+def populated(n):
+    array = np.empty(n, np.int64)
+    array[:] = 0
+    return array
+
+
+def mixed(make, kinds):
+    """Arrays of memory of the named kinds, all zero in sum."""
+    out = []
+    for kind in kinds:
+        if kind == "ours":
+            region = make(1 << 20, uffd.providers.Memory(bytes(1 << 20)), mode="c")
+            out.append(region.array("<i8"))
+        elif kind == "ours, zeros":
+            out.append(uffd.zeros(1 << 17, "<i8", delivery="thread"))
+        elif kind == "holes":
+            out.append(np.zeros(1 << 19, np.int64))
+        else:
+            out.append(populated(1 << 17))
+    return out
+
+
+@pytest.mark.parametrize("limit", [1 << 18, LIMIT], ids=["writers wait", "copied aside"])
+@pytest.mark.parametrize("kinds", [["plain", "holes", "plain"], ["ours", "ours, zeros"], ["ours", "plain", "holes"]],
+                         ids="-".join)
+def test_the_sum_holds_in_every_image_under_writers(kinds, limit, tmp_path, where, make, engine):
+    if "ours" in kinds and where.delivery == "inline":
+        pytest.skip("inline delivery: refused, see below")
+    if "ours" not in kinds and str(where) != str(matrix.WHERES[0]):
+        pytest.skip("no region is in it: once is enough")
+    engine.budget_bytes = None
+    arrays = mixed(make, kinds)
+    with Writers(arrays) as writers:
+        for turn in range(6):
+            before = writers.turns
+            image = Image(arrays, tmp_path, limit=limit).take()
+            total = sum(int(a.sum()) for a in image.arrays())
+            assert -STEP <= total <= 0, (turn, total, image.core.stats())
+            stats = image.core.stats()
+            assert stats["pause_ns"] > 0 and stats["errors"] == 0
+            assert image.core.progress()[0] == image.core.progress()[1]
+            image.close()
+            deadline = time.monotonic() + 10
+            while writers.turns == before:
+                assert time.monotonic() < deadline, "writers stand still after an image"
+                time.sleep(0.001)
+    assert sum(int(a.sum()) for a in arrays) == 0
+
+
+def test_an_image_of_a_program_that_stands_still_is_its_memory_and_no_more(tmp_path):
+    arrays = [np.arange(100000.0), np.zeros(1 << 22), pattern(0, 5000).copy(), np.ones((300, 200), np.float32, order="F")]
+    arrays[1][[7, 2 << 20]] = 3
+    image = Image(arrays, tmp_path)
+    before = time.time_ns()
+    image.core.start()
+    assert before <= image.core.instant_ns <= time.time_ns()
+    assert image.core.wait(20)
+    image.core.finish()
+    for got, array in zip(image.arrays()[:3], arrays):
+        assert (got == array).all()
+    assert image.arrays()[3].tobytes() == arrays[3].tobytes("A")
+    runs = image.core.written_runs()
+    assert [r for r in runs if r[0] == 0] == [(0, 0, arrays[0].nbytes)]
+    assert sum(stop - start for index, start, stop in runs if index == 1) <= 3 << 21    # huge pages, at the most
+    image.close()
+    image.close()
+    for call in (image.core.wait, image.core.abort, image.core.finish, image.core.stats, image.core.start):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_regions_are_completed_from_where_their_blocks_are(tmp_path, make, engine, where):
+    if where.delivery == "inline":
+        region = make(1 << 16, uffd.providers.Zero(), mode="c")
+        with pytest.raises(uffd.Unavailable):
+            Image([region.array()], tmp_path).core.start()
+        return
+    nbytes = 64 * 65536
+    region = make(None, uffd.providers.Memory(pattern(0, nbytes)), mode="c")
+    array = region.array()
+    array[:8 * 65536] += 1                              # dirty
+    array[8 * 65536:12 * 65536].sum()                   # clean
+    region.evict((0, 4 * 65536))                        # in the spill file
+    engine.budget_bytes = uffd._core.least_budget(engine._threads) + 6 * 65536
+    expected = pattern(0, nbytes).copy()
+    expected[:8 * 65536] += 1
+    resident = region.resident().sum()
+    image = Image([array, array[5:70000]], tmp_path)
+    image.core.start()
+    array[::65536] = 99                                 # while it is taken, beyond the budget
+    region.discard((20 * 65536, 22 * 65536))
+    assert image.core.wait(20)
+    assert region.resident().sum() <= resident + 24
+    image.core.finish()
+    got = image.arrays()
+    assert (got[0] == expected).all() and (got[1] == expected[5:70000]).all()
+    image.close()
+    array[0] = 5
+    assert array[0] == 5
+
+
+def test_a_series_writes_what_was_written_since(tmp_path, make, where, engine):
+    engine.budget_bytes = None
+    arrays = [populated(1 << 19), np.zeros(1 << 19, np.int64)]
+    if where.delivery == "thread":
+        arrays.append(make(4 << 20, uffd.providers.Memory(pattern(0, 4 << 20)), mode="c").array("<i8"))
+    image = Image(arrays, tmp_path, keep=True).take()
+    shadow = [a.copy() for a in image.arrays()]
+    rng = np.random.default_rng(5)
+    for turn in range(5):
+        for array in arrays:
+            array[rng.integers(0, len(array), turn)] += 1
+        following = Image(arrays, tmp_path, name=f"image{turn}", keep=True, previous=image.core)
+        following.core.start()
+        expected = [a.copy() for a in arrays]
+        for array in arrays:
+            array[rng.integers(0, len(array), 3)] += 1  # while it is taken
+        assert following.core.wait(20)
+        got = following.arrays()
+        runs = following.core.written_runs()
+        for index, start, stop in runs:
+            shadow[index].view(np.uint8)[start:stop] = got[index].view(np.uint8)[start:stop]
+        for array, copy in zip(expected, shadow):
+            assert (copy == array).all()
+        for index in range(len(arrays)):                # two at the edges, too; a hole may be filled by a huge page
+            saved = sum(stop - start for i, start, stop in runs if i == index)
+            assert saved <= (turn + 5) * (2 << 20 if index == 1 else 262144)
+        image.close()
+        image = following
+    image.close()
+    arrays[0][:] = 1
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_disk_that_takes_no_more_ends_the_image_and_nothing_else(how, tmp_path):
+    arrays = [populated(1 << 20)]
+    with Writers(arrays):
+        image = Image(arrays, tmp_path)
+        fd = os.open("/dev/full", os.O_WRONLY) if how == "full" else os.open(tmp_path / "image", os.O_RDONLY)
+        image.core.close()
+        image.core = uffd._core.Imager(image.ranges, fd, memory_limit_bytes=LIMIT)
+        image.core.start()
+        with pytest.raises(OSError, match="could not be written") as caught:
+            image.core.wait(20)
+        assert caught.value.errno == (errno.ENOSPC if how == "full" else errno.EBADF)
+        assert image.core.stats()["errors"] == 1
+        image.core.finish()
+        image.close()
+        os.close(fd)
+        Image(arrays, tmp_path, name="again").take().close()
+
+
+def test_an_image_that_is_aborted_or_closed_lets_everybody_go(tmp_path, make, where, engine):
+    engine.budget_bytes = None
+    arrays = [populated(1 << 20)]
+    if where.delivery == "thread":
+        arrays.append(make(4 << 20, uffd.providers.Memory(pattern(0, 4 << 20)), mode="c").array("<i8"))
+    with Writers(arrays) as writers:
+        for turn in range(8):
+            image = Image(arrays, tmp_path, limit=1 << 18)
+            image.core.start()
+            if turn % 2:
+                image.core.abort()
+                if not image.core.progress()[0] == image.core.progress()[1]:
+                    with pytest.raises(uffd.SnapshotError, match="aborted"):
+                        image.core.wait(5)
+            image.close()
+        before = writers.turns
+        time.sleep(0.05)
+        assert writers.turns > before
+    Image(arrays, tmp_path).take().close()
+
+
+def test_a_second_image_a_tracker_and_other_memory_are_refused_by_name(tmp_path, make, where):
+    array = populated(1 << 16)
+    first = Image([array], tmp_path, keep=True).take()
+    with pytest.raises(ValueError, match="snapshot of it that is under way"):
+        Image([array], tmp_path, name="second").core.start()
+    with pytest.raises(ValueError, match="snapshot of it that is under way"):
+        uffd.track(array)
+    first.close()
+    if matrix.missing_feature("WP_ASYNC") is None:
+        with uffd.track(array), pytest.raises(ValueError, match="a tracker"):
+            Image([array], tmp_path, name="third").core.start()
+    np.ones(1000).tofile(tmp_path / "data")
+    for mode in ("r+", "c"):
+        with pytest.raises(ValueError, match="can be tracked, not imaged"):
+            Image([np.memmap(tmp_path / "data", np.uint8, mode=mode)], tmp_path)
+    with pytest.raises(ValueError, match="memory_limit_bytes is 1000; .* 262144 or more"):
+        Image([array], tmp_path, limit=1000)
+    with pytest.raises(ValueError, match="other ranges"):
+        image = Image([array], tmp_path, keep=True).take()
+        try:
+            Image([array[1:]], tmp_path, name="other", previous=image.core)
+        finally:
+            image.close()
+    if where.delivery == "thread":
+        region = make(1 << 20, uffd.providers.Memory(bytes(1 << 20)), mode="c")
+        ours = region.array()
+        with uffd.track(region) as tracker:             # of regions both go together
+            image = Image([ours], tmp_path, keep=True).take()
+            with pytest.raises(ValueError, match="under way"):
+                Image([ours], tmp_path, name="fourth").core.start()
+            ours[5 * PAGE] = 1
+            assert np.flatnonzero(tracker.written()).tolist() == [5]
+            image.close()
+        ours[0] = 1
+
+
+def test_memory_that_went_during_an_image_is_tracking_lost(tmp_path):
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, ctypes.c_size_t(1 << 22), 3, 0x22, -1, 0)
+    array = np.frombuffer((ctypes.c_char * (1 << 22)).from_address(address), np.uint8)
+    array[:] = 1
+    image = Image([array], tmp_path, keep=True)
+    libc.munmap(address + (1 << 21), 1 << 20)
+    with pytest.raises(uffd.SnapshotError, match="tracking lost"):
+        image.core.start()
+    image.close()
+    array = array[:1 << 21]
+    image = Image([array], tmp_path, keep=True).take()
+    array[:] = 2
+    libc.munmap(address + (1 << 20), 1 << 20)
+    following = Image([array], tmp_path, name="next", keep=True, previous=image.core)
+    with pytest.raises(uffd.SnapshotError, match="tracking lost"):
+        following.core.start()
+        following.core.wait(10)
+    following.close()
+    libc.munmap(address, 1 << 20)
+
+
+HEAP = """
+import json
+arrays = [np.zeros(640, "i8") + 0 for _ in range(400)]          # 5 KiB each: neighbours share pages with each other
+fd = os.open("image", os.O_RDWR | os.O_CREAT)
+os.truncate(fd, 400 * 8192)
+stop, turns = threading.Event(), [0]
+def churn():
+    kept = []
+    while not stop.is_set():
+        kept.append(bytes(np.random.default_rng(len(kept)).integers(1, 6000)))
+        json.loads(json.dumps(list(range(50))))
+        if len(kept) > 200:
+            del kept[::2]
+def move(seed):
+    rng = np.random.default_rng(seed)
+    while not stop.is_set():
+        one, other = rng.integers(0, 400, 2)
+        with lock:
+            arrays[one] -= 1
+            arrays[other] += 1
+            turns[0] += 1
+lock = threading.Lock()
+threads = [threading.Thread(target=churn, daemon=True)]
+threads += [threading.Thread(target=move, args=(k,), daemon=True) for k in range(2)]
+for thread in threads:
+    thread.start()
+for turn in range(12):
+    image = uffd._core.Imager([(a, 8192 * i) for i, a in enumerate(arrays)], fd, memory_limit_bytes=1 << (18 + turn % 4))
+    image.start()
+    assert image.wait(15)
+    image.finish()
+    image.close()
+    data = np.frombuffer(os.pread(fd, 400 * 8192, 0), "i8").reshape(400, 1024)[:, :640]
+    assert -640 <= data.sum() <= 640, data.sum()
+stop.set()
+for thread in threads:
+    thread.join()
+assert sum(a.sum() for a in arrays) == 0 and turns[0] > 20
+"""
+
+
+def test_hundreds_of_small_arrays_on_a_heap_that_is_busy():
+    run_script(HEAP, 40).check()
+
+
+FORK = """
+array = np.ones(1 << 20, "i8")
+fd = os.open("image", os.O_RDWR | os.O_CREAT)
+r = uffd.Region(1 << 20, providers.Memory(bytes(1 << 20)), mode="c")
+ours = r.array()
+ours[:100000] = 1
+image = uffd._core.Imager([(array, 0), (ours, 8 << 20)], fd, memory_limit_bytes=1 << 20, keep=True)
+image.start()
+def child():
+    array[:] = 2
+    ours[:] = 3
+    assert array.sum() == 2 << 20 and ours.sum() == 3 << 20
+    for call in (image.start, image.wait, image.abort):
+        try:
+            call()
+        except uffd.SnapshotError as error:
+            assert "forked child" in str(error)
+        else:
+            raise AssertionError(call)
+    again = uffd._core.Imager([(array, 0)], os.open("child", os.O_RDWR | os.O_CREAT), memory_limit_bytes=1 << 20)
+    again.start()
+    assert again.wait(10)
+    again.close()
+    image.close()
+    array[0] = ours[0] = 4
+assert in_child(child, 15) == 0
+assert image.wait(10)
+array[::1000] = 5
+image.close()
+data = np.fromfile("image", "u1", 9 << 20)
+assert (data[:8 << 20].view("i8") == 1).all() and data[8 << 20:].sum() == 100000
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+image = uffd._core.Imager([(array, 0)], fd, memory_limit_bytes=1 << 20)
+image.start()
+try:
+    image.wait(10)
+except OSError as error:
+    assert error.errno == errno.EFBIG
+else:
+    raise AssertionError("a file beyond its limit")
+array[:] = 7
+del image
+image = uffd._core.Imager([(array, 0)], fd, memory_limit_bytes=1 << 20)
+image.start()
+os._exit(0)                             # in the middle of one
+"""
+
+
+def test_fork_limits_and_an_exit_in_the_middle():
+    run_script(FORK, 40).check()
