@@ -378,7 +378,7 @@ def test_older_kernels(where, kernel, mode):
     """Goal: without a feature the bytes are the same, the budget holds and nothing is lost, in memory and in the store;
     dirty is what was written, or more."""
     if where.backing == "shared" and mode != "r" and "MINOR_SHMEM" in LACKS[kernel]:
-        pytest.skip("shared pages that were written can't leave memory without CONTINUE (5.14): touches fail in the end")
+        pytest.skip("shared pages that were written can't leave memory without CONTINUE (5.14): touches fail")
     bits = 0
     for name in LACKS[kernel]:
         if name not in FEATURES:
@@ -600,7 +600,8 @@ def test_eviction_beside_fills_that_hang(make, engine):
 
 
 def test_poisoned_blocks_are_left_alone(where):
-    """Goal: a block whose fill failed is not evicted into a block of zeros: it stays an error until populate repairs it."""
+    """Goal: a block whose fill failed is not evicted into a block of zeros: it stays an error until populate repairs
+    it."""
     result = run_script("""
 engine = uffd.Engine(workers=2, budget_bytes=16 * PAGE)
 provider, control = controlled()

@@ -199,8 +199,7 @@ cdef struct Region_t:
     uint32_t *node              # the policy's node of the block, perhaps a stale one: under policy_lock
     uint32_t *place             # of a pooled block: its slot in the pool; written before POOLED is published
     uint8_t *pins               # calls that pinned the block; 255: for good
-    uint8_t *spill              # of a spilled block: which of the spill files. Where a native store is written back to:
-                                # UNSYNCED .. LOST, by CAS
+    uint8_t *spill              # of a spilled block: which of the spill files; of a native store's: UNSYNCED .. LOST
     Spill_t *spills             # private regions; NULL: nothing can be written back
     char name[80]
     char provider[80]
