@@ -10,30 +10,16 @@ import numpy as np
 import pytest
 import uffd
 from support import matrix
+from support.blocks import BLOCKS, PAGE, SIZE, rows, wait_until
 from support.native import controlled, library
 from support.pattern import pattern
 from support.scripts import run_script
 from support.stores import stored
 
-PAGE = uffd._core.PAGE_BYTES
-SIZE = 4 * PAGE                 # of a block here
-BLOCKS = 64
 MODES = ("r", "c", "r+")
 FEATURES = uffd._core.FEATURES
 
 pytestmark = pytest.mark.skipif(matrix.filled_whole(), reason="no userfaultfd: nothing is evicted")
-
-
-def wait_until(condition, what, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
-
-
-def rows(region):
-    """The region's bytes, a row per block."""
-    return region.array("u1", (region.nbytes // SIZE, SIZE))
 
 
 def clear(flags):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import uffd
 from support import matrix, shim
+from support.blocks import BLOCKS, PAGE, SIZE, held, rows, wait_until
 from support.hosted import lines
 from support.hosted_writers import BadWriter, Store
 from support.pattern import pattern
@@ -20,28 +21,9 @@ from support.scripts import finish_script, run_script, start_script, wait_for_li
 from support.stores import stored
 from uffd import providers
 
-PAGE = uffd._core.PAGE_BYTES
-SIZE = 4 * PAGE                 # of a block here
-BLOCKS = 64
 BLOCK = 65536
 
 pytestmark = pytest.mark.skipif(matrix.filled_whole(), reason="no userfaultfd: nothing is written back")
-
-
-def wait_until(condition, what, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
-
-
-def rows(region):
-    """The region's bytes, a row per block."""
-    return region.array("u1", (region.nbytes // SIZE, SIZE))
-
-
-def held(store):
-    return store.held.reshape(-1, SIZE)
 
 
 @pytest.fixture
