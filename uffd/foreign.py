@@ -12,7 +12,7 @@ import numpy as np
 from ._coreless import core as _core
 from .errors import Unavailable
 
-__all__ = ["Memory", "memory_of", "refuse_unmapped", "refusal", "span_of"]
+__all__ = ["Memory", "memory_of", "refusal", "refuse_unmapped", "span_of"]
 
 _SHARED_MEMORY = ("/dev/shm/", "/memfd:", "/dev/zero (deleted)", "/SYSV")
 
@@ -60,7 +60,8 @@ def span_of(x: Any) -> tuple[Any, int, int]:
         raise TypeError(f"dtype {array.dtype} holds Python objects: their addresses lie in the array, they do not")
     if not array.flags.writeable:
         raise ValueError("the array is read-only: nobody writes to it through this array")
-    start, end = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)
+    bounds: Any = np.lib.array_utils.byte_bounds if hasattr(np.lib, "array_utils") else getattr(np, "byte_bounds")  # noqa: B009
+    start, end = bounds(array)
     if array.size == 0 or start >= end:
         raise ValueError("the array is empty: it has no memory")
     return array, int(start), int(end)
