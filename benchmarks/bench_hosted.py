@@ -133,7 +133,7 @@ def test_zarr_column(benchmark: Any, engine: Any, tmp_path: Path) -> None:
                 return (time.perf_counter() - start_s) * 1e3
             yield work
             assert np.array_equal(results[0], values[column])
-            del array
+            array = None                          # `work` still names it
 
     @contextmanager
     def plain() -> Iterator[Callable[[], float]]:
@@ -179,7 +179,7 @@ def test_http_rows(benchmark: Any, engine: Any, tmp_path: Path) -> None:
                     assert np.array_equal(got, values[chosen])
                     return taken_s
                 yield work
-                del array
+                array = None                          # `work` still names it
         return side
 
     try:

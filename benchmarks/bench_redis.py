@@ -67,7 +67,7 @@ def test_redis_prefetch(benchmark: Any, engine: Any, url: str) -> None:
                     results.append(int(array.sum()))
                 yield timed(NBYTES, work)
                 assert results[1] == expected
-                del array
+                array = None                          # `work` still names it
         return side
 
     def loop(at_once: int) -> Side:

@@ -135,7 +135,7 @@ def merge_split(left: np.ndarray, right: np.ndarray) -> None:
 
 
 def main() -> int:
-    side, work, folder, nbytes, budget = sys.argv[1:6]
+    side, work, folder, _nbytes, budget = sys.argv[1:6]
     path = Path(folder) / "data.bin"
     drop_cache(path)
     import uffd                                  # noqa: F401 (for both sides: its memory is in the cgroup, too)

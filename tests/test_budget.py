@@ -12,7 +12,6 @@ from support.native import controlled, library
 from support.pattern import pattern
 from support.scripts import finish_script, run_script, start_script
 from support.stores import stored
-from uffd import providers
 
 PAGE = uffd._core.PAGE_BYTES
 BLOCK = 65536

@@ -300,6 +300,29 @@ def test_a_flush_that_fails():
     assert provider.calls.count("flush") == 2
 
 
+def test_a_failed_sync_is_not_forgotten(tmp_path, monkeypatch):
+    """Goal: after a failed fdatasync, which the kernel tells of once, the same blocks are written again, whatever the
+    file holds by then; before that no flush succeeds."""
+    path, answers = tmp_path / "data", [OSError(errno.EIO, "no disk")]
+    pattern(0, 4 * BLOCK).tofile(path)
+    real = os.fdatasync
+
+    def sync(fd):
+        if answers:
+            raise answers.pop()
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with uffd.Region(None, providers.File(path, writable=True), retries=2, block_bytes=BLOCK) as region:
+        region.array()[BLOCK] = 7
+        with pytest.raises(uffd.ProviderError, match="could not make durable"):
+            region.flush()
+        assert np.flatnonzero(region.dirty()).tolist() == [1]
+        pattern(0, 4 * BLOCK).tofile(path)       # what the kernel could not write is gone
+        region.flush()
+        assert np.fromfile(path, "u1")[BLOCK] == 7 and not region.dirty().any()
+
+
 def test_a_close_that_fails_leaves_it_open():
     provider = Store()
     region = uffd.Region(None, provider, retries=0)

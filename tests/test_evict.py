@@ -10,30 +10,16 @@ import numpy as np
 import pytest
 import uffd
 from support import matrix
+from support.blocks import BLOCKS, PAGE, SIZE, rows, wait_until
 from support.native import controlled, library
 from support.pattern import pattern
 from support.scripts import run_script
 from support.stores import stored
 
-PAGE = uffd._core.PAGE_BYTES
-SIZE = 4 * PAGE                 # of a block here
-BLOCKS = 64
 MODES = ("r", "c", "r+")
 FEATURES = uffd._core.FEATURES
 
 pytestmark = pytest.mark.skipif(matrix.filled_whole(), reason="no userfaultfd: nothing is evicted")
-
-
-def wait_until(condition, what, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
-
-
-def rows(region):
-    """The region's bytes, a row per block."""
-    return region.array("u1", (region.nbytes // SIZE, SIZE))
 
 
 def clear(flags):
@@ -378,7 +364,7 @@ def test_older_kernels(where, kernel, mode):
     """Goal: without a feature the bytes are the same, the budget holds and nothing is lost, in memory and in the store;
     dirty is what was written, or more."""
     if where.backing == "shared" and mode != "r" and "MINOR_SHMEM" in LACKS[kernel]:
-        pytest.skip("shared pages that were written can't leave memory without CONTINUE (5.14): touches fail in the end")
+        pytest.skip("shared pages that were written can't leave memory without CONTINUE (5.14): touches fail")
     bits = 0
     for name in LACKS[kernel]:
         if name not in FEATURES:
@@ -600,7 +586,8 @@ def test_eviction_beside_fills_that_hang(make, engine):
 
 
 def test_poisoned_blocks_are_left_alone(where):
-    """Goal: a block whose fill failed is not evicted into a block of zeros: it stays an error until populate repairs it."""
+    """Goal: a block whose fill failed is not evicted into a block of zeros: it stays an error until populate repairs
+    it."""
     result = run_script("""
 engine = uffd.Engine(workers=2, budget_bytes=16 * PAGE)
 provider, control = controlled()

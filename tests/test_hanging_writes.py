@@ -1,5 +1,5 @@
-"""A native store that hangs in a write: flush ends within its time and by Ctrl-C, other regions are written back, and the
-block on its way stays in memory, dirty, with no second write of it before the first has come back."""
+"""A native store that hangs in a write: flush ends within its time and by Ctrl-C, other regions are written back, and
+the block on its way stays in memory, dirty, with no second write of it before the first has come back."""
 
 import errno
 import signal

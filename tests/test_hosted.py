@@ -333,7 +333,8 @@ def test_killed_host_is_replaced(make, engine, tmp_path):
 
 def test_host_is_killed_again_and_again(make, engine):
     """Goal: every byte is right although hosts are killed all the time. Method: a thread kills, this one reads. A host
-    that has filled nothing yet is spared: on a busy machine it would never come to that, and touches have their time."""
+    that has filled nothing yet is spared: on a busy machine it would never come to that, and touches have their
+    time."""
     region = make(256 * BLOCK, Slow(0.002, 256 * BLOCK, concurrency=4), retries=1000)
     stop, kills, filled = threading.Event(), [], 0
 

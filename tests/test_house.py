@@ -174,6 +174,8 @@ MAY_ALLOCATE = {
     "region_unmap": "a region is closed, and nobody serves it any more",
     "child_make_private": "a forked child, before its first touch",
     "job_release": "a prefetch is over; no lock of malloc is ever held while memory of a region is touched",
+    "work_begin": "a flush is asked for, by a program's thread outside of any fault",
+    "work_drop": "a flush is over",
     "session_begin": "a region over a provider in Python is made",
     "sessions_tell": "such a region is closed",
     "sessions_free": "an engine is gone, or forked",

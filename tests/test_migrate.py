@@ -255,8 +255,8 @@ os._exit(0)
 
 
 def test_release():
-    """Goal: memory that has arrived is given back at the source, of both kinds; touching it there is a signal, and never
-    zeros; a break in between loses nothing."""
+    """Goal: memory that has arrived is given back at the source, of both kinds; touching it there is a signal, and
+    never zeros; a break in between loses nothing."""
     script("""
 N = 16 << 20
 def destination(incoming):

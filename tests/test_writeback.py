@@ -5,9 +5,7 @@ memory spills to, and a provider in Python.
 """
 
 import errno
-import os
 import signal
-import sys
 import threading
 import time
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import uffd
 from support import matrix, shim
+from support.blocks import BLOCKS, PAGE, SIZE, held, rows, wait_until
 from support.hosted import lines
 from support.hosted_writers import BadWriter, Store
 from support.pattern import pattern
@@ -22,28 +21,9 @@ from support.scripts import finish_script, run_script, start_script, wait_for_li
 from support.stores import stored
 from uffd import providers
 
-PAGE = uffd._core.PAGE_BYTES
-SIZE = 4 * PAGE                 # of a block here
-BLOCKS = 64
 BLOCK = 65536
 
 pytestmark = pytest.mark.skipif(matrix.filled_whole(), reason="no userfaultfd: nothing is written back")
-
-
-def wait_until(condition, what, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
-
-
-def rows(region):
-    """The region's bytes, a row per block."""
-    return region.array("u1", (region.nbytes // SIZE, SIZE))
-
-
-def held(store):
-    return store.held.reshape(-1, SIZE)
 
 
 @pytest.fixture
@@ -139,7 +119,8 @@ def test_failed_writes(made, answer, number, keeps):
         assert error.errno == number and error.tries == 2 and error.region == region.name
         assert error.offset == min(failed) * SIZE and str(error.offset) in str(error)
         np.testing.assert_array_equal(array, right)
-        np.testing.assert_array_equal(held(store)[sorted(set(range(20)) - failed)], right[sorted(set(range(20)) - failed)])
+        others = sorted(set(range(20)) - failed)
+        np.testing.assert_array_equal(held(store)[others], right[others])
     assert region.stats().write_errors > 0
     store.heal()
     region.flush()
@@ -388,8 +369,8 @@ a[:] = 7
 
 @pytest.mark.deadline(60)
 def test_timeout(where):
-    """Goal: flush(timeout_s) of a slow store ends soon after that with a TimeoutError that says what is left, by far not
-    after all its blocks; a later one stores the rest."""
+    """Goal: flush(timeout_s) of a slow store ends soon after that with a TimeoutError that says what is left, by far
+    not after all its blocks; a later one stores the rest."""
     run_script(SLOW + """
 for timeout_s in (0.2, 0):
     began = time.monotonic()
@@ -680,8 +661,8 @@ assert np.array_equal(found(), right)
 
 
 def test_a_file_that_cannot_be_made_durable(where):
-    """Goal: a failing fdatasync is flush's error, and what was written before it is not taken for stored: the kernel may
-    have dropped it, and says so only once. The next flush writes all of it again, and asks for a sync again."""
+    """Goal: a failing fdatasync is flush's error, and what was written before it is not taken for stored: the kernel
+    may have dropped it, and says so only once. The next flush writes all of it again, and asks for a sync again."""
     run_script(FILE + """
 r.flush()
 a[3] = right[3] = 9
@@ -759,7 +740,8 @@ def test_a_folder_that_takes_nothing(where, why):
     """Goal: where cold private memory can't be written, evict says so by name and folder, and all bytes stay; a touch
     that finds no room dies loudly after timeout_s; both are over when there is room."""
     broken = {"no folder": 'os.environ["TMPDIR"] = "/nonexistent/folder"', "a file": 'os.environ["TMPDIR"] = "file"',
-              "ENOSPC": 'shim.Rule("pwrite", 1, -1, errno.ENOSPC)', "EIO at once": 'shim.Rule("pwrite", 1, -1, errno.EIO)',
+              "ENOSPC": 'shim.Rule("pwrite", 1, -1, errno.ENOSPC)',
+              "EIO at once": 'shim.Rule("pwrite", 1, -1, errno.EIO)',
               "no file": 'shim.Rule("tmpfile", 1, -1, errno.EACCES)'}[why]
     result = run_script(f"""
 from support import shim
@@ -821,7 +803,8 @@ shim.Rule("pread", 1, -1, errno.EIO)
 say(f"touch")
 say(f"read {a[3, 5]}")
 """, 30, where=where, preload=shim.path())
-    assert result.signal == signal.SIGBUS and "touch" in result.stdout and "read" not in result.stdout, result.describe()
+    assert result.signal == signal.SIGBUS, result.describe()
+    assert "touch" in result.stdout and "read" not in result.stdout, result.describe()
 
 
 def test_nothing_of_a_spill_file_is_left(where):
@@ -904,8 +887,8 @@ def test_hosted_from_end_to_end(make, engine, tmp_path):
     ("write_raises", errno.EIO, "no room here"), ("write_raises_errno", errno.ENOSPC, "the disk is full"),
     ("write_is_short", errno.EIO, "short write"), ("write_dies", None, "")])
 def test_hosted_writes_that_fail(make, tmp_path, how, number, text):
-    """Goal: flush raises with what the provider said; the block stays dirty with its bytes, the others are stored, those
-    too that were written together with it."""
+    """Goal: flush raises with what the provider said; the block stays dirty with its bytes, the others are stored,
+    those too that were written together with it."""
     path = str(tmp_path / "store")
     pattern(0, 4 * BLOCK).tofile(path)
     region = make(4 * BLOCK, BadWriter(how, path, 4 * BLOCK), retries=1, timeout_s=10)

@@ -52,7 +52,8 @@ def cgroup_files(machine: Machine | None = None) -> list[tuple[bytes, bytes, byt
         for n in range(len(parts), -1, -1):
             folder = "/".join([mount, *parts[:n]])
             if machine.read(f"{folder}/{limit}") is not None:
-                found.append(tuple(os.fsencode(f"{folder}/{name}") for name in (limit, usage, "memory.stat")))
+                names = [os.fsencode(f"{folder}/{name}") for name in (limit, usage, "memory.stat")]
+                found.append((names[0], names[1], names[2]))
     return found
 
 

@@ -202,8 +202,7 @@ cdef struct Region_t:
     uint8_t *pins               # calls that pinned the block; 255: for good
     uint32_t *touched           # blocks + 1 in the order in which touches and read-ahead brought them; or NULL
     uint64_t touched_count
-    uint8_t *spill              # of a spilled block: which of the spill files. Where a native store is written back to:
-                                # UNSYNCED .. LOST, by CAS
+    uint8_t *spill              # of a spilled block: which of the spill files; of a native store's: UNSYNCED .. LOST
     Spill_t *spills             # private regions; NULL: nothing can be written back
     char name[80]
     char provider[80]

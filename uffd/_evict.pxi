@@ -591,21 +591,6 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     return NULL
 
 
-cdef void note_touch(Engine_t *e, uint32_t tid, uint64_t address) noexcept nogil:
-    """With a budget of few blocks: a thread that faults where it lately did was not let run before its block was taken
-    again. So blocks that came stay longer, until that is over: there is progress at the smallest budget."""
-    cdef Touch *t = &e.touch[tid % TOUCHERS]
-    cdef uint64_t page = address / PAGE, now = e.residence_ns
-    cdef bint lost = t.tid == tid and (t.page[0] == page or t.page[1] == page or t.page[2] == page or t.page[3] == page)
-    if lost:
-        e.residence_ns = now * 2 if now < RESIDENCE_MOST_NS else now
-    else:
-        e.residence_ns = now - now / 64 if now > RESIDENCE_NS else now
-        t.page[t.at & 3] = page
-        t.at += 1
-    t.tid = tid
-
-
 # ---- what the program asks for ----------------------------------------------------------------------------------
 
 cdef Slot *call_borrow(Engine_t *e) noexcept nogil:

@@ -1,13 +1,13 @@
 # Threads that write back: who waits for a store can give up, and a store that hangs keeps nobody but its own blocks.
 #
 # Uses:     write_range of _store.pxi; sync_store of _sync.pxi; region_release of _inline.pxi; thread_spawn of _life.pxi
-# Provides: work_begin, work_wait, work_leave (what a flush has done by a thread of its own), writers_look (the keeper's),
-#           writer_start, slot_for_write
+# Provides: work_begin, work_wait, work_leave (what a flush has done by a thread of its own), writers_look (the
+#           keeper's), writer_start, slot_for_write
 #
 # A call of a native store can't be ended from outside. So it is never made by the thread that asked: a flush waits in
-# slices, and leaves when its time is over. The block on its way stays WRITING: in memory, not written back, and no second
-# write of it begins while the first may still land. Only its late answer changes that. A background writer that hangs
-# keeps its slot and buffer; another one goes on in its place, and it ends when it comes back.
+# slices, and leaves when its time is over. The block on its way stays WRITING: in memory, not written back, and no
+# second write of it begins while the first may still land. Only its late answer changes that. A background writer that
+# hangs keeps its slot and buffer; another one goes on in its place, and it ends when it comes back.
 
 cdef struct Work:                           # of one flush; the last of the two who have it frees it
     Region_t *region                        # a reference, until done

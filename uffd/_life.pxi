@@ -376,7 +376,8 @@ cdef int engine_start(Engine_t *e) noexcept nogil:
     return err
 
 
-cdef int helper_start(Engine_t *e, void *(*run)(void *) noexcept nogil, void *argument, const char *name) noexcept nogil:
+cdef int helper_start(Engine_t *e, void *(*run)(void *) noexcept nogil, void *argument,
+                      const char *name) noexcept nogil:
     cdef int err
     u32_add(&e.evictors, 1)
     err = thread_spawn(run, argument, name, -1)

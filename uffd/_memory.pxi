@@ -334,8 +334,8 @@ def lost(Region region not None, uint32_t most):
 
 
 def under_way(Region region not None, uint64_t first, uint64_t end, uint32_t most):
-    """Up to `most` blocks of [first, end) whose bytes the store does not have, those first that it was given and has not
-    answered for: [block, ...]."""
+    """Up to `most` blocks of [first, end) whose bytes the store does not have, those first that it was given and has
+    not answered for: [block, ...]."""
     cdef Region_t *r = _live(region)
     cdef uint64_t b, last
     cdef uint32_t word, turn

@@ -71,6 +71,30 @@ class Source:
     def close(self) -> None: ...
 
 
+class _Synced(Source):
+    """Made durable by the kernel, which tells of a page that it could not write once, and counts it as written then:
+    after a failed sync none succeeds before something was stored again."""
+
+    _failed: OSError | None = None
+
+    def flush(self) -> None:
+        if self._failed is None:
+            try:
+                self.sync()
+            except OSError as error:
+                self._failed = error
+        if self._failed is not None:
+            raise self._failed
+
+    def store(self, offset: int, data: bytes) -> None:
+        self._failed = None
+        self.put(offset, data)
+
+    def sync(self) -> None: ...
+
+    def put(self, offset: int, data: bytes) -> None: ...
+
+
 def source_of(provider: Any) -> Source:
     """How to read it: one of uffd.providers, or a Provider."""
     for kind, source in _SOURCES:
@@ -158,7 +182,7 @@ class _Memory(Source):
         out[:] = self._bytes[offset:offset + len(out)]
 
 
-class _File(Source):
+class _File(_Synced):
     def __init__(self, provider: providers.File) -> None:
         self.nbytes, self._offset, self._provider = provider.nbytes, provider._offset, provider
         self._fd, self._own, self.writes = provider._fd, False, bool(provider._made.writes)
@@ -174,7 +198,7 @@ class _File(Source):
                 raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
             view, at = view[done:], at + done
 
-    def store(self, offset: int, data: bytes) -> None:
+    def put(self, offset: int, data: bytes) -> None:
         view, at = memoryview(data), offset + self._offset
         while view:
             done = _write_at(self._fd, view, at)
@@ -182,7 +206,7 @@ class _File(Source):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             view, at = view[done:], at + done
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def close(self) -> None:
@@ -190,7 +214,7 @@ class _File(Source):
             os.close(self._fd)
 
 
-class _Checked(Source):
+class _Checked(_Synced):
     """A File with checksums, by the core's own code: there is one reader of that format."""
 
     def __init__(self, provider: providers.File) -> None:
@@ -199,10 +223,10 @@ class _Checked(Source):
     def fill(self, offset: int, out: np.ndarray) -> None:
         self._provider._made.fill_now(offset, out)
 
-    def store(self, offset: int, data: bytes) -> None:
+    def put(self, offset: int, data: bytes) -> None:
         self._provider._made.store_now(offset, data)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         self._provider._made.sync_now()
 
 

@@ -1,8 +1,8 @@
 # Room under the budget: who may bring a block in, the pool of moved-out blocks, and what the policy is told.
 #
 # Uses:     the data of _core.pyx, block_span, run_bytes of _fill.pxi; evict_some of _evict.pxi
-# Provides: room_for_run, room_return, room_give, room_wait, room_left, room_high; note_put, notes_drain; the slots of
-#           the pool: hole_take, full_take, slot_release, pool_trim; recycled fills
+# Provides: room_for_run, room_return, room_give, room_wait, room_left, room_high; note_put, note_touch,
+#           notes_drain; the slots of the pool: hole_take, full_take, slot_release, pool_trim; recycled fills
 #
 # `used` counts every byte that a region or the pool has, or that was promised to a fill: it is raised before a block
 # is claimed, so it is never above the limit but for the moment in which a limit is lowered. What comes is told to the
@@ -383,6 +383,21 @@ cdef int move_pages(int fd, uint64_t target, uint64_t source, uint64_t len, uint
 
 cdef inline uint64_t ref_of(Region_t *r, uint64_t b) noexcept nogil:
     return ((r.id & (MAX_REGIONS - 1)) + 1) << REF_BLOCK_BITS | b
+
+
+cdef void note_touch(Engine_t *e, uint32_t tid, uint64_t address) noexcept nogil:
+    """With a budget of few blocks: a thread that faults where it lately did was not let run before its block was taken
+    again. So blocks that came stay longer, until that is over: there is progress at the smallest budget."""
+    cdef Touch *t = &e.touch[tid % TOUCHERS]
+    cdef uint64_t page = address / PAGE, now = e.residence_ns
+    cdef bint lost = t.tid == tid and (t.page[0] == page or t.page[1] == page or t.page[2] == page or t.page[3] == page)
+    if lost:
+        e.residence_ns = now * 2 if now < RESIDENCE_MOST_NS else now
+    else:
+        e.residence_ns = now - now / 64 if now > RESIDENCE_NS else now
+        t.page[t.at & 3] = page
+        t.at += 1
+    t.tid = tid
 
 
 cdef void note_put(Region_t *r, uint64_t b, uint32_t n, uint32_t kind) noexcept nogil:

@@ -3,8 +3,8 @@
 # Uses:     write_enters, is_over of _store.pxi; host_sync of _hostwrite.pxi; unprotect of _fill.pxi
 # Provides: sync_store; sync_acknowledged, sync_left (told of blocks); lost_forget (discard gives them up)
 #
-# A kernel that could not write pages to the disk reports it once, to the next fsync, and counts those pages as written: a
-# second fsync succeeds, and the data is gone. (Rebello and others, "Can Applications Recover from fsync Failures?",
+# A kernel that could not write pages to the disk reports it once, to the next fsync, and counts those pages as written:
+# a second fsync succeeds, and the data is gone. (Rebello and others, "Can Applications Recover from fsync Failures?",
 # USENIX ATC 2020.) So after a failed sync nothing that was acknowledged since the last good one counts as stored: it is
 # dirty again where it is still in memory, and written again before the next sync. What has left memory can't be: flush
 # raises from then on, naming those blocks. For providers in Python their own `flush` has to answer for that.

@@ -27,8 +27,10 @@ class Written:
     def __init__(self, data: np.ndarray, block_bytes: int) -> None:
         self._data, self._block_bytes = data, block_bytes
         self._digests = np.empty((-(-len(data) // block_bytes), _DIGEST_BYTES), np.uint8)
+        self._unsynced = np.zeros(len(self._digests), bool)
         for block in range(len(self._digests)):
             self.keep(block, self._bytes_of(block))
+        self.synced(True)
 
     def keep(self, block: int, data: Any) -> None:
         """The provider has `data`, one or more blocks from that one on."""
@@ -36,6 +38,14 @@ class Written:
         for at in range(0, len(view), self._block_bytes):
             self._digests[block + at // self._block_bytes] = np.frombuffer(
                 _digest(view[at:at + self._block_bytes]), np.uint8)
+            self._unsynced[block + at // self._block_bytes] = True
+
+    def synced(self, well: bool) -> None:
+        """What the provider was given since the last time is durable; or it could not make it so, and it counts as
+        dirty."""
+        if not well:
+            self._digests[self._unsynced] = 0
+        self._unsynced[:] = False
 
     def dirty(self) -> np.ndarray:
         return np.array([self._differs(block, self._bytes_of(block)) for block in range(len(self._digests))], bool)

@@ -24,7 +24,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from . import _budget, _plain, keys
+from . import _budget, _plain, _unwritten, keys
 from ._coreless import core as _core
 from ._coreless import reason as _no_core
 from ._written import Closer, Written
@@ -445,13 +445,14 @@ class EagerRegion(Region):
         if self.mode != "r+" or os.getpid() != self._pid:
             return
         with self._io:
-            source, unused = self._source, self._leases == 0
-            if source is None:
+            source, written, unused = self._source, self._written, self._leases == 0
+            if source is None or written is None:
                 raise RegionClosed(f"region {self.name!r} is closed")
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             self._unused_since_flush = unused    # if it fails, the caller is told, and who leaves tries it once
             self._write_back(np.array([[0, self.block_count]]), timeout_s)
             error, tries = self._try(source.flush, "write_errors")
+            written.synced(error is None)
             if error is not None:
                 number = _plain.number_of(error)
                 raise ProviderError(number, f"region {self.name!r}: {_title(self.provider)} could not make durable "
@@ -459,8 +460,7 @@ class EagerRegion(Region):
                                     nbytes=self.nbytes, tries=tries,
                                     provider_traceback=_plain.traceback_of(error, self.provider)) from error
             if _left_ns(deadline) == 0:
-                raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: written, but not made durable in "
-                                   f"{timeout_s} s")
+                raise TimeoutError(errno.ETIMEDOUT, f"region {self.name!r}: not made durable in {timeout_s} s")
 
     def _write_back(self, runs: np.ndarray, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -475,7 +475,7 @@ class EagerRegion(Region):
                                        f"{int(written.dirty().sum())} blocks are left")
                 failed += self._write_batch(source, written, batch)
         if failed:
-            raise self._write_error(failed)
+            raise _unwritten.write_error(self, failed, _title(self.provider))
 
     def _write_batch(self, source: _plain.Source, written: Written,
                      batch: list[tuple[int, bytes]]) -> list[tuple[int, int, int]]:

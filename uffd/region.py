@@ -101,7 +101,7 @@ class Region(_core.Region):
         delivery = ("thread" if full else "inline") if delivery == "auto" else delivery
         _require_features(backing, delivery)
         self._pid = os.getpid()
-        self.nbytes = nbytes
+        self.nbytes = cast(int, nbytes)          # of a hosted provider, None until that has said it
         self.block_bytes = block_bytes
         self.name = str(name) if name is not None else _title(provider)
         self.backing = backing
@@ -147,7 +147,9 @@ class Region(_core.Region):
         try:
             self.nbytes = _checked_size(self.nbytes, served.nbytes if nbytes is None else nbytes, self.provider)
         except BaseException:
-            self.engine._threads.end_session(filler)
+            threads = self.engine._threads
+            if threads is not None:
+                threads.end_session(filler)
             raise
         return filler, writes
 
@@ -306,12 +308,13 @@ class Region(_core.Region):
     def discard(self, where: Where = None) -> None:
         """Drops the blocks of `where`, and what was written to them and not written back: the next touch has them as
         the provider does. Blocks while one is busy. ValueError for a block that is pinned; those before it are gone."""
-        for first, end in np.asarray(self._runs(where), np.int64).tolist():
-            while first < end:
+        for start, end in np.asarray(self._runs(where), np.int64).tolist():
+            at = start
+            while at < end:
                 self._check_open()
-                first = _core.discard(self, first, end)
-                if first < end and _core.is_pinned(self, first):
-                    raise ValueError(f"region {self.name!r}: the block at offset {first * self.block_bytes} is pinned, "
+                at = _core.discard(self, at, end)
+                if at < end and _core.is_pinned(self, at):
+                    raise ValueError(f"region {self.name!r}: the block at offset {at * self.block_bytes} is pinned, "
                                      "and can't be discarded")
 
     def flush(self, timeout_s: float | None = None) -> None:

@@ -1,4 +1,5 @@
-"""Blocks that come back from the pool in pieces: the kernel moves some pages and refuses the rest, and the copy, too."""
+"""Blocks that come back from the pool in pieces: the kernel moves some pages and refuses the rest, and the copy,
+too."""
 
 import pytest
 from support import matrix, shim
@@ -9,8 +10,8 @@ pytestmark = pytest.mark.skipif(matrix.filled_whole(), reason="no userfaultfd: n
 
 @pytest.mark.parametrize("delivery", ["thread", "inline"])
 def test_half_of_a_block_is_never_published(delivery):
-    """Goal: a rescue of which a part was moved before move and copy failed is undone: the next one finds the block whole
-    in the pool, moves it, and its bytes are right; so is what its store gets.
+    """Goal: a rescue of which a part was moved before move and copy failed is undone: the next one finds the block
+    whole in the pool, moves it, and its bytes are right; so is what its store gets.
     Method: the next move is cut after a page, the one after it fails, and so do the next copies."""
     where = next(where for where in matrix.EVERY if str(where) == f"{delivery}-anon")
     if not matrix.full_mode() and delivery == "thread":

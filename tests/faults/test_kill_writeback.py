@@ -1,7 +1,7 @@
 """SIGKILL in the middle of write-back: what flush had promised is in the file, whatever the moment.
 
-`File` promises no more: without checksums a block that was on its way may be half old, half new. What is checked is that
-acknowledged and flushed versions survive, and that no byte is there that nobody wrote.
+`File` promises no more: without checksums a block that was on its way may be half old, half new. What is checked is
+that acknowledged and flushed versions survive, and that no byte is there that nobody wrote.
 """
 
 import time
@@ -38,9 +38,9 @@ while True:
 
 @pytest.mark.deadline(90)
 def test_killed_at_any_moment(where, tmp_path):
-    """Goal: after SIGKILL at a random moment each page of the file has, in every word, its own number and a version that
-    is not older than the last one that was flushed, nor newer than the one being written; the next process goes on from
-    there. Method: several processes one after the other, over one file."""
+    """Goal: after SIGKILL at a random moment each page of the file has, in every word, its own number and a version
+    that is not older than the last one that was flushed, nor newer than the one being written; the next process goes on
+    from there. Method: several processes one after the other, over one file."""
     rng = seeded("killed in write-back")
     path = tmp_path / "data"
     promised = version = 0

@@ -1,5 +1,5 @@
-"""Random sequences of writes, flushes, evictions, discards and pins under a budget that is smaller than the data, against
-a model made of plain arrays, and against what the store holds (hypothesis, stateful)."""
+"""Random sequences of writes, flushes, evictions, discards and pins under a budget that is smaller than the data,
+against a model made of plain arrays, and against what the store holds (hypothesis, stateful)."""
 
 import contextlib
 import gc
@@ -24,8 +24,9 @@ BLOCKS = 64
 BUDGETS = tuple(blocks * SIZE for blocks in (20, 32, 48, 100))
 LONG = stress_seconds() > 10
 SETTINGS = settings(max_examples=60 if LONG else 8, stateful_step_count=80 if LONG else 40, deadline=None,
-                    derandomize=not LONG, database=None, phases=(Phase.generate, Phase.shrink) if LONG else (Phase.generate,),
-                    print_blob=True, suppress_health_check=list(HealthCheck))
+                    derandomize=not LONG, database=None, print_blob=True,
+                    phases=(Phase.generate, Phase.shrink) if LONG else (Phase.generate,),
+                    suppress_health_check=list(HealthCheck))
 block = st.integers(0, BLOCKS - 1)
 length = st.sampled_from([1, 1, 2, 5, 20, BLOCKS])
 which = st.integers(0, 1)

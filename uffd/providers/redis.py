@@ -242,7 +242,9 @@ class Redis(Provider):
                     heads = [self._take_run(live, run, answers) for run in some]
                 for run, head in zip(some, heads, strict=True):     # not before it is known that they are in step
                     self._saw(live, run.group, head)
-            except (Damaged, *live.server.failures):
+            except live.server.failures:
+                left += some
+            except Damaged:
                 left += some
         return left
 

@@ -52,7 +52,7 @@ class Answers:
 
     def into(self, out: np.ndarray) -> None:
         """Fills `out` with what comes next."""
-        target = memoryview(out)
+        target = out.data
         at = min(len(target), self._stop - self._start)
         target[:at] = self._view[self._start:self._start + at]
         self._start += at
