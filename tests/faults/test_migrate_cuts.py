@@ -278,3 +278,36 @@ while time.monotonic() < ends_at:
 assert done > 5 and "source" in ends, (done, ends)
 os._exit(0)
 """, 40 + 2 * stress_seconds())
+
+
+def test_of_several_arrivals_each_is_recovered_by_its_own_source():
+    """Goal: new connections go to the migration that they are of, while others came by the same Incoming and are open;
+    also when the program has closed that Incoming's other arrivals meanwhile."""
+    script("""
+N = 4 << 20
+def destination(incoming):
+    arrivals = [incoming.accept(20) for _ in range(4)]
+    for i, arrival in enumerate(arrivals):
+        arrival.wait(20)
+        assert (arrival.arrays["0"] == filled(N, i)).all()
+    while (arrival := incoming.accept(20)).state != b"end":
+        arrival.wait(20)
+    for arrival in arrivals:
+        arrival.close()
+pid, url = start(destination)
+several = []
+for i in range(4):                          # one by one: each is accepted when it is handed over
+    several.append(migrate.connect(url, [filled(N, i)], postcopy_bytes_per_s=1e6))
+    several[i].switchover()
+for turn in range(3):
+    for outgoing in several:
+        outgoing.pause()
+    for outgoing in several[turn:] + several[:turn]:
+        outgoing.recover()
+for outgoing in several:
+    outgoing._wire.limit(0, 0)
+    outgoing.wait(20)
+with migrate.connect(url, [filled(4096)]) as outgoing:
+    outgoing.switchover(b"end")
+assert ended(pid) == 0
+""")

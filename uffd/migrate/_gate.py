@@ -41,15 +41,13 @@ def purpose(what: str, migration: str, which: str) -> bytes:
 
 
 class Gate:
-    """The process, and the two sockets by which it hands connections over. OSError as _urls.listen."""
+    """The process, and the socket by which it hands connections over. OSError as _urls.listen."""
 
     def __init__(self, address: _urls.Address, key: bytes | None) -> None:
         self.new, new = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.again, again = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with new, again:
-            self._process = subprocess.Popen(
-                _command(new.fileno(), again.fileno()), pass_fds=(new.fileno(), again.fileno()),
-                stdin=subprocess.DEVNULL, start_new_session=True)
+        with new:
+            self._process = subprocess.Popen(_command(new.fileno()), pass_fds=(new.fileno(),),
+                                             stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             self.new.send(json.dumps({"url": str(address), "key": _encoded(key)}).encode())
             self.new.settimeout(START_S)
@@ -72,10 +70,21 @@ class Gate:
             raise ConnectionResetError("the process that listens for migrations has ended")
         return data.decode(), socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
 
+    def route(self, migration: str) -> socket.socket:
+        """By which connections come from now on that take this migration up again; the caller's, who closes it when
+        there will be none. One for each migration: several may be alive, and each reads its own. OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                socket.send_fds(self.new, [migration.encode()], [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+        return ours
+
     def close(self) -> None:
-        """Idempotent; the process ends by itself when its sockets do."""
+        """Idempotent; the process ends by itself when its socket does."""
         self.new.close()
-        self.again.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5.0)
         if self._process.poll() is None:
@@ -83,11 +92,11 @@ class Gate:
             self._process.wait()
 
 
-def _command(new: int, again: int) -> list[str]:
+def _command(new: int) -> list[str]:
     package = Path(__file__).resolve().parents[2]
     flags = subprocess._args_from_interpreter_flags()                    # type: ignore[attr-defined]
     start = (f"import sys; sys.path.insert(0, {str(package)!r}); from uffd.migrate._gate import main; "
-             f"main({new}, {again})")
+             f"main({new})")
     return [sys.executable, *flags, "-P", "-c", start]
 
 
@@ -104,12 +113,12 @@ def _failure(answer: dict[str, Any]) -> Exception:
 # ---- the process ------------------------------------------------------------------------------------------------
 
 
-def main(new_fd: int, again_fd: int) -> None:
-    """Until the parent closes its ends."""
-    new, again = socket.socket(fileno=new_fd), socket.socket(fileno=again_fd)
+def main(new_fd: int) -> None:
+    """Until the parent closes its end."""
+    new = socket.socket(fileno=new_fd)
     asked = json.loads(new.recv(_MESSAGE_BYTES))
     key = None if asked["key"] is None else base64.b64decode(asked["key"])
-    pairs = _Pairs(new, again)
+    pairs = _Pairs(new)
     from ._acceptor import Acceptor
 
     try:
@@ -122,8 +131,11 @@ def main(new_fd: int, again_fd: int) -> None:
         return
     new.send(json.dumps({"url": str(acceptor.address)}).encode())
     with suppress(OSError, KeyboardInterrupt):
-        while new.recv(_MESSAGE_BYTES):          # nothing is said here any more; its end is the parent's
-            pass
+        while True:
+            migration, fds, _, _ = socket.recv_fds(new, _MESSAGE_BYTES, 1)
+            if not migration:                    # its end is the parent's
+                break
+            pairs.route(migration, socket.socket(fileno=fds[0]))
     acceptor.close()
     os._exit(0)
 
@@ -131,10 +143,19 @@ def main(new_fd: int, again_fd: int) -> None:
 class _Pairs:
     """The two connections of a migration come in any order."""
 
-    def __init__(self, new: socket.socket, again: socket.socket) -> None:
-        self._out = {b"new": new, b"again": again}
+    def __init__(self, new: socket.socket) -> None:
+        self._new = new
+        self._routes: dict[bytes, socket.socket] = {}
         self._half: dict[tuple[bytes, bytes], tuple[bytes, socket.socket, float]] = {}
         self._lock = threading.Lock()
+
+    def route(self, migration: bytes, to: socket.socket) -> None:
+        """Connections that take this migration up again go there from now on."""
+        with self._lock:
+            for name, one in list(self._routes.items()):
+                if _ended(one):
+                    self._routes.pop(name).close()
+            self._routes[migration] = to
 
     def ready(self, connection: socket.socket, peer: _auth.Peer) -> None:
         found = _PURPOSE.fullmatch(peer.purpose)
@@ -157,5 +178,19 @@ class _Pairs:
 
     def _hand_over(self, what: bytes, migration: bytes, push: socket.socket, ask: socket.socket) -> None:
         fds = array.array("i", [push.fileno(), ask.fileno()])
-        with push, ask:
-            self._out[what].sendmsg([migration], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        with self._lock:
+            out = self._new if what == b"new" else self._routes.get(migration)
+        with push, ask:                          # closed here: its other end has them, or nobody wants them
+            if out is not None:
+                with suppress(OSError):          # it is over, or takes none just now: others must not wait for it
+                    out.sendmsg([migration], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)], socket.MSG_DONTWAIT)
+
+
+def _ended(one: socket.socket) -> bool:
+    """Whether the other end is closed: nothing is ever said from there."""
+    try:
+        return not one.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
