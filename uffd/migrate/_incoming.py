@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..engine import Engine
 from ..errors import MigrationError, UffdError
 from ..region import Region
 from . import _auth, _frames, _states, _urls
-from ._gate import Gate
+from ._gate import Gate, last_words
 from ._report import Report, Status
 
 __all__ = ["Arrival", "Incoming", "listen"]
@@ -186,6 +187,8 @@ class Arrival:
         if self._phase < _states.Phase.COMPLETED:
             self._wire.lose(errno.ENOTRECOVERABLE)
         if self._wire.end():                     # else a thread still reads from there
+            with suppress(OSError):              # the Incoming is closed: nobody can come back anyway
+                self._again.send(last_words(self._phase), socket.MSG_DONTWAIT)
             self._again.close()
 
     def __enter__(self) -> Arrival:
