@@ -1,6 +1,7 @@
 """A proxy between source and destination that cuts, resets, silences, changes bytes: wherever it does, the migration is
 recovered and every byte is right, or it ends with a verdict; no touch hangs, none sees zeros."""
 
+import pytest
 from support.pattern import stress_seconds
 from support.scripts import run_script
 
@@ -102,6 +103,7 @@ def went_through(url):
 """
 
 
+@pytest.mark.deadline(90, per_stress_second=3)
 def test_cut_at_each_byte():
     """Goal: wherever a connection ends, the migration goes on after recover() with every byte in its place, or never
     came to be, and the next one works. Method: one migration is measured, then others are cut after each number of
@@ -200,6 +202,7 @@ def deadline():
 """
 
 
+@pytest.mark.deadline(90, per_stress_second=3)
 def test_a_hostile_source_against_the_destinations_parser():
     """Goal: whatever somebody sends who even has the key, the destination refuses it, or takes blocks into memory that
     is that migration's; it neither dies nor hangs, and the next migration is served. Fuzzed, by a seed."""
@@ -240,6 +243,7 @@ assert done > 5, done
 """, 40 + 2 * stress_seconds())
 
 
+@pytest.mark.deadline(90, per_stress_second=3)
 def test_a_hostile_destination_against_the_sources_parser():
     """Goal: the same from the other side: the source's memory stays its own, until it has said COMMIT."""
     script(FRAMES + """
@@ -278,3 +282,84 @@ while time.monotonic() < ends_at:
 assert done > 5 and "source" in ends, (done, ends)
 os._exit(0)
 """, 40 + 2 * stress_seconds())
+
+
+def test_of_several_arrivals_each_is_recovered_by_its_own_source():
+    """Goal: new connections go to the migration that they are of, while others came by the same Incoming and are open;
+    also when the program has closed that Incoming's other arrivals meanwhile."""
+    script("""
+N = 4 << 20
+def destination(incoming):
+    arrivals = [incoming.accept(20) for _ in range(4)]
+    for i, arrival in enumerate(arrivals):
+        arrival.wait(20)
+        assert (arrival.arrays["0"] == filled(N, i)).all()
+    last = incoming.accept(20)              # when all sources have heard that theirs is there
+    last.wait(20)
+    for arrival in [*arrivals, last]:
+        arrival.close()
+pid, url = start(destination)
+several = []
+for i in range(4):                          # one by one: each is accepted when it is handed over
+    several.append(migrate.connect(url, [filled(N, i)], postcopy_bytes_per_s=1e6))
+    several[i].switchover()
+for turn in range(3):
+    for outgoing in several:
+        outgoing.pause()
+    for outgoing in several[turn:] + several[:turn]:
+        outgoing.recover()
+for outgoing in several:
+    outgoing._wire.limit(0, 0)
+    outgoing.wait(20)
+with migrate.connect(url, [filled(4096)]) as outgoing:
+    outgoing.switchover()
+assert ended(pid) == 0
+""")
+
+
+def test_a_source_that_comes_back_after_the_end_hears_how_it_ended():
+    """Goal: the word that all is there was lost with the connection, and the destination's program has closed its
+    arrival; the source learns it all the same. So it does when the destination gave up, before or after it ran."""
+    script("""
+N = 1 << 20
+told, tell = os.pipe()
+def destination(incoming):
+    arrival = incoming.accept(20)           # complete
+    arrival.wait(20)
+    arrival.close()
+    os.write(tell, b"1")
+    arrival = incoming.accept(20)           # ran, and was closed
+    while arrival.status != "PAUSED":
+        time.sleep(0.01)
+    arrival.close()
+    os.write(tell, b"2")
+    time.sleep(60)
+pid, url = start(destination)
+with Proxy(url) as proxy:
+    a = filled(N)
+    outgoing = migrate.connect(proxy.url, [a], postcopy_bytes_per_s=1e6)
+    outgoing.switchover()
+    time.sleep(0.05)                        # all that was said has been counted
+    # All it says from here on is lost: that it is done.
+    proxy.rules[:] = [Rule("silence", "down", proxy.passed(1, "down"), connection=1)]
+    outgoing._wire.limit(0, 0)
+    assert os.read(told, 1) == b"1"
+    outgoing.pause()
+    outgoing.recover()
+    report = outgoing.wait(10)
+    assert report.owner == "destination" and outgoing.status == "COMPLETED"
+    outgoing.close()
+outgoing = migrate.connect(url, [filled(N)], postcopy_bytes_per_s=1e5)
+outgoing.switchover()
+outgoing.pause()
+assert os.read(told, 1) == b"2"
+try:
+    outgoing.recover()
+    raise AssertionError("there is nobody")
+except uffd.MigrationError as error:
+    assert error.owner == "destination", error
+assert outgoing.status == "FAILED"
+os.kill(pid, 9)
+ended(pid)
+os._exit(0)
+""")

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -25,14 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MigrationError
-from . import _auth, _urls
+from . import _auth, _states, _urls
 
-__all__ = ["Gate", "purpose"]
+__all__ = ["Gate", "last_words", "purpose"]
 
 START_S = 30.0
 PAIR_S = 10.0                       # a connection whose other half does not come is closed
 _PURPOSE = re.compile(rb"(new|again):([0-9a-f]{32}):(push|ask)")
 _MESSAGE_BYTES = 1 << 12
+_LAST_WORDS = 1000                  # of migrations that are over, which are kept
+_HEAD = struct.Struct("=IIQIIQ")    # of the core's frames: _wire.h; their kinds as _wire.pxi numbers them
+_HAVE_END, _DONE, _GAVE_UP, _ENDED = range(37, 41)
 
 
 def purpose(what: str, migration: str, which: str) -> bytes:
@@ -40,16 +44,22 @@ def purpose(what: str, migration: str, which: str) -> bytes:
     return f"{what}:{migration}:{which}".encode()
 
 
+def last_words(phase: _states.Phase) -> bytes:
+    """What a destination that is over would answer to a source that comes back: frames, for the process to say."""
+    if phase is _states.Phase.COMPLETED:
+        return _HEAD.pack(_HAVE_END, 0, 0, 0, 0, 1) + _HEAD.pack(_DONE, 0, 0, 0, 0, 0)
+    ran = _states.owner_of("destination", phase) == "destination"
+    return _HEAD.pack(_ENDED if ran else _GAVE_UP, 0, 0, 0, 0, 0)
+
+
 class Gate:
-    """The process, and the two sockets by which it hands connections over. OSError as _urls.listen."""
+    """The process, and the socket by which it hands connections over. OSError as _urls.listen."""
 
     def __init__(self, address: _urls.Address, key: bytes | None) -> None:
         self.new, new = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.again, again = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with new, again:
-            self._process = subprocess.Popen(
-                _command(new.fileno(), again.fileno()), pass_fds=(new.fileno(), again.fileno()),
-                stdin=subprocess.DEVNULL, start_new_session=True)
+        with new:
+            self._process = subprocess.Popen(_command(new.fileno()), pass_fds=(new.fileno(),),
+                                             stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             self.new.send(json.dumps({"url": str(address), "key": _encoded(key)}).encode())
             self.new.settimeout(START_S)
@@ -72,10 +82,22 @@ class Gate:
             raise ConnectionResetError("the process that listens for migrations has ended")
         return data.decode(), socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
 
+    def route(self, migration: str) -> socket.socket:
+        """By which connections come from now on that take this migration up again; the caller's, who closes it when
+        there will be none. One for each migration: several may be alive, and each reads its own. What is sent to it
+        before it is closed is the migration's last words. OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                socket.send_fds(self.new, [migration.encode()], [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+        return ours
+
     def close(self) -> None:
-        """Idempotent; the process ends by itself when its sockets do."""
+        """Idempotent; the process ends by itself when its socket does."""
         self.new.close()
-        self.again.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5.0)
         if self._process.poll() is None:
@@ -83,11 +105,11 @@ class Gate:
             self._process.wait()
 
 
-def _command(new: int, again: int) -> list[str]:
+def _command(new: int) -> list[str]:
     package = Path(__file__).resolve().parents[2]
     flags = subprocess._args_from_interpreter_flags()                    # type: ignore[attr-defined]
     start = (f"import sys; sys.path.insert(0, {str(package)!r}); from uffd.migrate._gate import main; "
-             f"main({new}, {again})")
+             f"main({new})")
     return [sys.executable, *flags, "-P", "-c", start]
 
 
@@ -104,12 +126,12 @@ def _failure(answer: dict[str, Any]) -> Exception:
 # ---- the process ------------------------------------------------------------------------------------------------
 
 
-def main(new_fd: int, again_fd: int) -> None:
-    """Until the parent closes its ends."""
-    new, again = socket.socket(fileno=new_fd), socket.socket(fileno=again_fd)
+def main(new_fd: int) -> None:
+    """Until the parent closes its end."""
+    new = socket.socket(fileno=new_fd)
     asked = json.loads(new.recv(_MESSAGE_BYTES))
     key = None if asked["key"] is None else base64.b64decode(asked["key"])
-    pairs = _Pairs(new, again)
+    pairs = _Pairs(new)
     from ._acceptor import Acceptor
 
     try:
@@ -122,8 +144,11 @@ def main(new_fd: int, again_fd: int) -> None:
         return
     new.send(json.dumps({"url": str(acceptor.address)}).encode())
     with suppress(OSError, KeyboardInterrupt):
-        while new.recv(_MESSAGE_BYTES):          # nothing is said here any more; its end is the parent's
-            pass
+        while True:
+            migration, fds, _, _ = socket.recv_fds(new, _MESSAGE_BYTES, 1)
+            if not migration:                    # its end is the parent's
+                break
+            pairs.route(migration, socket.socket(fileno=fds[0]))
     acceptor.close()
     os._exit(0)
 
@@ -131,10 +156,20 @@ def main(new_fd: int, again_fd: int) -> None:
 class _Pairs:
     """The two connections of a migration come in any order."""
 
-    def __init__(self, new: socket.socket, again: socket.socket) -> None:
-        self._out = {b"new": new, b"again": again}
+    def __init__(self, new: socket.socket) -> None:
+        self._new = new
+        self._routes: dict[bytes, socket.socket] = {}
+        self._last_words: dict[bytes, bytes] = {}
         self._half: dict[tuple[bytes, bytes], tuple[bytes, socket.socket, float]] = {}
+        self._answered: list[tuple[float, socket.socket]] = []
         self._lock = threading.Lock()
+
+    def route(self, migration: bytes, to: socket.socket) -> None:
+        """Connections that take this migration up again go there from now on."""
+        with self._lock:
+            for name in list(self._routes):
+                self._look(name)
+            self._routes[migration] = to
 
     def ready(self, connection: socket.socket, peer: _auth.Peer) -> None:
         found = _PURPOSE.fullmatch(peer.purpose)
@@ -146,16 +181,50 @@ class _Pairs:
             now_s = time.monotonic()
             for name in [name for name, half in self._half.items() if half[2] < now_s]:
                 self._half.pop(name)[1].close()
+            while self._answered and self._answered[0][0] < now_s:
+                self._answered.pop(0)[1].close()
             other = self._half.pop((what, migration), None)
             if other is None or other[0] == which:
                 if other is not None:
                     other[1].close()
                 self._half[what, migration] = which, connection, now_s + PAIR_S
                 return
-        both = {which: connection, other[0]: other[1]}
-        self._hand_over(what, migration, both[b"push"], both[b"ask"])
+            both = {which: connection, other[0]: other[1]}
+            self._hand_over(what, migration, both[b"push"], both[b"ask"])
 
     def _hand_over(self, what: bytes, migration: bytes, push: socket.socket, ask: socket.socket) -> None:
+        if what == b"again":
+            self._look(migration)
+            if migration in self._last_words:
+                self._answer(self._last_words[migration], push, ask)
+                return
+        out = self._new if what == b"new" else self._routes.get(migration)
         fds = array.array("i", [push.fileno(), ask.fileno()])
-        with push, ask:
-            self._out[what].sendmsg([migration], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        with push, ask:                          # closed here: its other end has them, or nobody wants them
+            if out is not None:
+                with suppress(OSError):          # it is over, or takes none just now: others must not wait for it
+                    out.sendmsg([migration], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)], socket.MSG_DONTWAIT)
+
+    def _look(self, migration: bytes) -> None:
+        """Whether that migration is over: then it has said its last words, or ended without."""
+        to = self._routes.get(migration)
+        if to is None:
+            return
+        try:
+            said = to.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            said = b""
+        self._routes.pop(migration).close()
+        if said:
+            self._last_words[migration] = said
+            while len(self._last_words) > _LAST_WORDS:
+                self._last_words.pop(next(iter(self._last_words)))
+
+    def _answer(self, words: bytes, push: socket.socket, ask: socket.socket) -> None:
+        """The source hangs up when it has read them: closed from here, they might be lost."""
+        with suppress(OSError):
+            ask.send(words, socket.MSG_DONTWAIT)
+        ends_s = time.monotonic() + PAIR_S
+        self._answered += [(ends_s, push), (ends_s, ask)]

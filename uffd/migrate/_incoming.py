@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..engine import Engine
 from ..errors import MigrationError, UffdError
 from ..region import Region
 from . import _auth, _frames, _states, _urls
-from ._gate import Gate
+from ._gate import Gate, last_words
 from ._report import Report, Status
 
 __all__ = ["Arrival", "Incoming", "listen"]
@@ -115,8 +116,9 @@ class Arrival:
     one waits for it; if the connection breaks, until the source recovers; if the source is given up (`close`), such a
     touch is SIGBUS, and never zeros."""
 
-    def __init__(self, wire: Any, regions: list[_Arriving], layout: _frames.Layout, began_ns: int) -> None:
-        self._wire, self.regions, self._layout = wire, regions, layout
+    def __init__(self, wire: Any, regions: list[_Arriving], layout: _frames.Layout, again: socket.socket,
+                 began_ns: int) -> None:
+        self._wire, self.regions, self._layout, self._again = wire, regions, layout, again
         self._began_ns, self._setup_ns = began_ns, time.monotonic_ns() - began_ns
         self._pid = os.getpid()
         self._ended = False
@@ -184,7 +186,10 @@ class Arrival:
         self._ended = True
         if self._phase < _states.Phase.COMPLETED:
             self._wire.lose(errno.ENOTRECOVERABLE)
-        self._wire.end()
+        if self._wire.end():                     # else a thread still reads from there
+            with suppress(OSError):              # the Incoming is closed: nobody can come back anyway
+                self._again.send(last_words(self._phase), socket.MSG_DONTWAIT)
+            self._again.close()
 
     def __enter__(self) -> Arrival:
         return self
@@ -248,6 +253,7 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
     """Agrees with a source that has shown the key, and makes the memory. None: it went away, or was refused."""
     began_ns, deadline_s = time.monotonic_ns(), time.monotonic() + SETUP_S
     regions: list[_Arriving] = []
+    again = None
     with push, ask:
         frames = _frames.Frames(ask)
         try:
@@ -262,7 +268,8 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
             wire = _core.Wire(False, _states.encoded("destination"), list(regions), 0)
             for i in passed:
                 wire.passes(i)
-            wire.listen(migration.encode(), gate.again.fileno())
+            again = gate.route(migration)
+            wire.listen(migration.encode(), again.fileno())
             frames.send("accepted", deadline_s=deadline_s)
             for one in (push, ask):
                 one.setblocking(True)
@@ -271,11 +278,13 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
         except (MigrationError, OSError, UffdError, MemoryError, ValueError) as error:
             for region in regions:
                 region._shut_when_unused()
+            if again is not None:
+                again.close()
             _refuse(frames, error)
             return None
         for region in regions:
             region._wire = wire
-    return Arrival(wire, regions, layout, began_ns)
+    return Arrival(wire, regions, layout, again, began_ns)
 
 
 def _passed(offer: dict[str, Any], layout: _frames.Layout) -> list[int]:
