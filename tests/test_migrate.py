@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import uffd
+from support import matrix
 from support.scripts import run_script
 from uffd import migrate
 
+pytestmark = pytest.mark.skipif(matrix.filled_whole() or uffd.probe().mode != "full",
+                                reason="no userfaultfd that serves the kernel's accesses")
 START = "from support.migration import *\n"
 
 
@@ -255,8 +259,8 @@ os._exit(0)
 
 
 def test_release():
-    """Goal: memory that has arrived is given back at the source, of both kinds; touching it there is a signal, and
-    never zeros; a break in between loses nothing."""
+    """Goal: memory that has arrived is given back at the source, of both kinds; touching it there is a signal, never
+    zeros; a break in between loses nothing."""
     script("""
 N = 16 << 20
 def destination(incoming):
@@ -284,6 +288,30 @@ for one in (a, r):
         one[N // 16]
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
+assert ended(pid) == 0
+""")
+
+
+def test_compression():
+    """Goal: what gets smaller goes smaller, what does not goes as it is; both arrive, by the push and by requests."""
+    script("""
+N = 8 << 20
+NOISE = np.random.default_rng(1).integers(0, 1 << 60, N // 8)
+def destination(incoming):
+    arrival = incoming.accept(20)
+    got = arrival.arrays
+    for i in range(N // 65536 - 1, 0, -9):
+        assert got["text"][i * 8192] == (i * 8192) // 1000 + 1 and got["noise"][i * 8192] == NOISE[i * 8192]
+    report = arrival.wait(20)
+    assert (got["text"] == np.arange(N // 8) // 1000 + 1).all() and (got["noise"] == NOISE).all()
+    assert report.bytes.total == 2 * N and N <= report.bytes_wire < 1.2 * N, report
+    arrival.close()
+pid, url = start(destination)
+arrays = {"text": np.arange(N // 8) // 1000 + 1, "noise": NOISE.copy()}
+with migrate.connect(url, arrays, compress="zstd", postcopy_bytes_per_s=100e6) as outgoing:
+    outgoing.switchover()
+    report = outgoing.wait(20)
+assert report.bytes.total == 2 * N and N <= report.bytes_wire < 1.2 * N, report
 assert ended(pid) == 0
 """)
 
@@ -341,10 +369,11 @@ assert ended(pid) == 0
     (lambda: migrate.connect("tcp://127.0.0.1:1", [np.array([None])]), TypeError),
     (lambda: migrate.connect("tcp://127.0.0.1:1", [np.zeros((10, 10))[:, ::2]]), ValueError),
     (lambda: migrate.connect("tcp://127.0.0.1:1", []), ValueError),
+    (lambda: migrate.connect("tcp://127.0.0.1:1", [np.zeros(5)], compress="lz4"), ValueError),
     (lambda: migrate.connect("http://x", [np.zeros(5)]), ValueError),
     (lambda: migrate.connect("tcp://127.0.0.1:1", [np.zeros(5)]), OSError),
     (lambda: migrate.listen("tcp://1.2.3.4:1"), migrate._outgoing.MigrationError),
-], ids=["objects", "gaps", "none", "scheme", "nobody", "public"])
+], ids=["objects", "gaps", "none", "codec", "scheme", "nobody", "public"])
 def test_what_is_refused(call, error):
     with pytest.raises(error):
         call()

@@ -1,8 +1,12 @@
 """A broken connection is a pause: what is there stays usable, what is missing waits, and comes after recover()."""
 
 import pytest
+import uffd
+from support import matrix
 from support.scripts import run_script
 
+pytestmark = pytest.mark.skipif(matrix.filled_whole() or uffd.probe().mode != "full",
+                                reason="no userfaultfd that serves the kernel's accesses")
 START = "from support.migration import *\n"
 
 

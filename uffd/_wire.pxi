@@ -23,6 +23,11 @@ cdef extern from "_wire.h" nogil:
     int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms) noexcept
     bint wire_is_zero(const char *p, size_t n) noexcept
     int wire_shutdown(int fd) noexcept
+    int wire_zstd_load() noexcept
+    void *wire_codec(bint encodes) noexcept
+    void wire_codec_free(void *codec, bint encodes) noexcept
+    size_t wire_pack(void *codec, void *to, size_t most, const void *data, size_t nbytes) noexcept
+    int wire_unpack(void *codec, void *to, size_t nbytes, const void *data, size_t packed) noexcept
     char *wire_disarm(char *start, uint64_t len) noexcept
     int wire_take_pair(int fd, char *name, int *pair, int timeout_ms) noexcept
     uint64_t wire_next_bit(const uint64_t *bits, uint64_t start, uint64_t end) noexcept
@@ -32,6 +37,7 @@ cdef extern from "_wire.h" nogil:
 cdef enum:
     WIRE_PARTS = 1 << 12             # arrays of one migration
     WIRE_RUN = 512 * 1024           # bytes of one frame, where a block is not larger
+    WIRE_BUFFER = 2 * (MAX_BLOCK_BYTES + WIRE_RUN)      # of a thread: a frame's blocks, and behind them compressed ones
     WIRE_STATE = 64 << 20           # bytes of state that travel at the switchover, at the most
     WIRE_EVENTS = 512               # of the time line; later ones are not kept
     WIRE_ASKS = 1024                # requests whose time is taken at once
@@ -41,6 +47,7 @@ cdef enum:
 cdef enum:                          # kinds of frames
     # from the source
     W_BLOCKS = 1, W_ZEROS, W_BAD, W_DIRTY, W_PREPARE, W_COMMIT, W_CANCEL, W_RESUME, W_LOST, W_PASS, W_SYNC
+    W_PACKED
     # from the destination
     W_ACK = 32, W_WANT, W_READY, W_STARTED, W_HAVE, W_HAVE_END, W_DONE, W_GAVE_UP, W_ENDED
     W_SYNCED
@@ -141,7 +148,11 @@ cdef struct Wire_t:
     int guard_wake
     pthread_mutex_t guard_lock      # of who answers a fault there, against who protects it
     bint release
+    uint32_t plain                  # runs that are sent as they are, since the last one did not get smaller
+    uint32_t plain_next
+    bint packs                      # both: blocks may go compressed (constant)
     # what is told of it
+    uint64_t wired                  # bytes of blocks as they went over the wire
     uint64_t bytes[M_KINDS]
     uint64_t blocks[M_KINDS]
     uint64_t passed                 # bytes that the file held at the hand-over

@@ -66,6 +66,13 @@ cdef class Wire:
         if not ok:
             raise _os_error(-EAGAIN, "no thread for a migration")
 
+    def pack(self):
+        """Blocks go, or come, compressed by zstd where that makes them smaller. Before start. OSError."""
+        cdef int err = wire_zstd_load()
+        if err != 0:
+            raise _os_error(err, "no libzstd.so.1 on this machine, for compress='zstd' (Debian: apt install libzstd1)")
+        self.w.packs = True
+
     def passes(self, uint32_t part):
         """The part's file is shared by both sides. Before start."""
         self.w.part[part].passed = True
@@ -254,7 +261,8 @@ cdef class Wire:
         names = ("precopy", "pushed", "requested", "zero", "doubled", "released")
         return {"bytes": {names[i]: w.bytes[i] for i in range(M_KINDS)},
                 "blocks": {names[i]: w.blocks[i] for i in range(M_KINDS)},
-                "rounds": w.rounds, "bytes_passed": w.passed, "latency": [w.latency[i] for i in range(BUCKETS)],
+                "rounds": w.rounds, "bytes_wire": w.wired, "bytes_passed": w.passed,
+                "latency": [w.latency[i] for i in range(BUCKETS)],
                 "latency_max_ns": w.latency_max_ns, "blocked_ns": w.blocked_ns, "asked": w.asked,
                 "stopped_ns": w.stopped_ns, "resumed_ns": w.resumed_ns, "left": self.left,
                 "moments": [(w.moment[i].at_ns, w.moment[i].phase, w.moment[i].left) for i in range(w.moments)]}

@@ -155,30 +155,32 @@ cdef void *receive_ask_main(void *argument) noexcept nogil:
 
 cdef void *receive_all(Wire_t *w, bint asks) noexcept nogil:
     """A thread of the destination: it takes frames off one of the connections, whichever they are just now."""
-    cdef char *buffer = map_lazy(MAX_BLOCK_BYTES + WIRE_RUN, PROT_READ | PROT_WRITE, -1)
+    cdef char *buffer = map_lazy(WIRE_BUFFER, PROT_READ | PROT_WRITE, -1)
+    cdef void *codec = wire_codec(False) if w.packs else NULL
     cdef uint32_t epoch = 0
     cdef int err
     while wire_enter(w, &epoch):
-        err = receive_frames(w, asks, epoch, buffer) if buffer != NULL else -ENOMEM
+        err = receive_frames(w, asks, epoch, buffer, codec) if buffer != NULL else -ENOMEM
         wire_break(w, epoch, err)
         wire_leave(w)
     if buffer != NULL:
-        munmap(buffer, MAX_BLOCK_BYTES + WIRE_RUN)
+        munmap(buffer, WIRE_BUFFER)
+    wire_codec_free(codec, False)
     wire_thread_ends(w)
     return NULL
 
 
-cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, char *buffer) noexcept nogil:
+cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, char *buffer, void *codec) noexcept nogil:
     """Until the connection ends: -errno."""
     cdef wire_head head
     cdef int fd = w.ask_fd if asks else w.push_fd
     cdef int err = 0
     while err == 0:
         err = wire_take(w, fd, &head, sizeof(wire_head), epoch, False)
-        if err == 0 and asks and head.kind >= W_DIRTY:
+        if err == 0 and asks and head.kind >= W_DIRTY and head.kind != W_PACKED:
             err = take_word(w, fd, &head, epoch, buffer)
         elif err == 0:
-            err = take_blocks(w, fd, &head, epoch, buffer, asks)
+            err = take_blocks(w, fd, &head, epoch, buffer, asks, codec)
             if err == 0 and not asks:
                 w.handed += 1
                 if w.handed & 3 == 0 or wire_ready(fd, <short>POLLIN, 0) != 0:
@@ -194,31 +196,31 @@ cdef int frames_placed(Wire_t *w, int fd) noexcept nogil:
     return wire_send(fd, &head, NULL, 0, WIRE_SILENCE_MS)
 
 
-cdef int take_blocks(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffer, bint asked) noexcept nogil:
+cdef int take_blocks(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffer, bint asked,
+                     void *codec) noexcept nogil:
     """Blocks, zeros or the word that a block is lost. Every number is another process's: each is checked."""
     cdef Part_t *p
     cdef Region_t *r
     cdef uint32_t phase
     cdef uint64_t want
+    cdef bint packed = h.kind == W_PACKED and w.packs
     cdef int err
-    if h.kind > W_BAD or h.part >= w.nparts:
+    if h.kind > W_BAD and not packed or h.part >= w.nparts:
         return -EPROTO
     p = &w.part[h.part]
     if h.count == 0 or h.block >= p.blocks or h.count > p.blocks - h.block:
         return -EPROTO
-    want = part_bytes(p, h.block, h.count) if h.kind == W_BLOCKS else 0
-    if h.nbytes != want or want > MAX_BLOCK_BYTES or h.count > 1 and want > WIRE_RUN:
+    want = part_bytes(p, h.block, h.count) if packed or h.kind == W_BLOCKS else 0
+    if want > MAX_BLOCK_BYTES or h.count > 1 and want > WIRE_RUN or (h.nbytes >= want if packed else h.nbytes != want):
         return -EPROTO
     if u32_load(&w.phase) == PH_SETUP:
         wire_step(w, EV_DATA)
     phase = settled_phase(w, epoch)
     if phase != PH_PRECOPY and phase != PH_POSTCOPY and phase != PH_FROZEN:
         return -EPROTO
-    err = wire_take(w, fd, buffer, want, epoch, True) if want else 0
+    err = take_bytes(w, fd, h, want, epoch, buffer, codec) if want else 0
     if err != 0:
         return err
-    if page_round(want) > want:
-        memset(buffer + want, 0, page_round(want) - want)
     r = region_acquire(p.region_id)
     if r == NULL:                           # closed by the program: nobody wants them any more
         for want in range(h.block, h.block + h.count):
@@ -229,6 +231,21 @@ cdef int take_blocks(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buff
     region_release(r)
     if u64_load(&w.left) == 0 and u32_load(&w.phase) == PH_POSTCOPY:
         finish_arrival(w)
+    return err
+
+
+cdef int take_bytes(Wire_t *w, int fd, wire_head *h, uint64_t want, uint32_t epoch, char *buffer,
+                    void *codec) noexcept nogil:
+    """The bytes of a frame's blocks into the buffer, whole pages of them. 0 or -errno."""
+    cdef char *to = buffer + MAX_BLOCK_BYTES + WIRE_RUN if h.kind == W_PACKED else buffer
+    cdef int err = wire_take(w, fd, to, h.nbytes, epoch, True)
+    u64_add(&w.wired, h.nbytes)
+    if err == 0 and h.kind == W_PACKED:
+        err = wire_unpack(codec, buffer, want, to, h.nbytes)
+        h.kind = W_BLOCKS
+        h.nbytes = <uint32_t>want
+    if err == 0 and page_round(want) > want:
+        memset(buffer + want, 0, page_round(want) - want)
     return err
 
 

@@ -28,15 +28,26 @@ from typing import Any
 from ..errors import MigrationError
 from . import _auth, _states, _urls
 
-__all__ = ["Gate", "last_words", "purpose"]
+__all__ = ["Gate", "last_words", "notice_silence", "purpose"]
 
 START_S = 30.0
+SILENCE_S = 15
 PAIR_S = 10.0                       # a connection whose other half does not come is closed
 _PURPOSE = re.compile(rb"(new|again):([0-9a-f]{32}):(push|ask)")
 _MESSAGE_BYTES = 1 << 12
 _LAST_WORDS = 1000                  # of migrations that are over, which are kept
 _HEAD = struct.Struct("=IIQIIQ")    # of the core's frames: _wire.h; their kinds as _wire.pxi numbers them
 _HAVE_END, _DONE, _GAVE_UP, _ENDED = range(37, 41)
+
+
+def notice_silence(connection: socket.socket) -> None:
+    """A peer whose machine is gone says nothing: what it does not acknowledge in time ends the connection."""
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S // 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S // 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
 
 
 def purpose(what: str, migration: str, which: str) -> bytes:
@@ -193,6 +204,8 @@ class _Pairs:
             self._hand_over(what, migration, both[b"push"], both[b"ask"])
 
     def _hand_over(self, what: bytes, migration: bytes, push: socket.socket, ask: socket.socket) -> None:
+        for one in (push, ask):
+            notice_silence(one)
         if what == b"again":
             self._look(migration)
             if migration in self._last_words:

@@ -268,6 +268,8 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
             wire = _core.Wire(False, _states.encoded("destination"), list(regions), 0)
             for i in passed:
                 wire.passes(i)
+            if offer.get("compress") == "zstd":
+                wire.pack()
             again = gate.route(migration)
             wire.listen(migration.encode(), again.fileno())
             frames.send("accepted", deadline_s=deadline_s)
