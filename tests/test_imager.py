@@ -132,7 +132,7 @@ def test_the_sum_holds_in_every_image_under_writers(kinds, limit, tmp_path, wher
 
 
 def test_an_image_of_a_program_that_stands_still_is_its_memory_and_no_more(tmp_path):
-    arrays = [np.arange(100000.0), np.zeros(1 << 22), pattern(0, 5000).copy(), np.ones((300, 200), np.float32, order="F")]
+    arrays = [np.arange(100000.0), np.zeros(1 << 22), pattern(0, 5000).copy(), np.ones((300, 200), "f4", order="F")]
     arrays[1][[7, 2 << 20]] = 3
     image = Image(arrays, tmp_path)
     before = time.time_ns()
@@ -324,7 +324,7 @@ stop, turns = threading.Event(), [0]
 def churn():
     kept = []
     while not stop.is_set():
-        kept.append(bytes(np.random.default_rng(len(kept)).integers(1, 6000)))
+        kept.append(bytes(len(kept) * 997 % 6000))
         json.loads(json.dumps(list(range(50))))
         if len(kept) > 200:
             del kept[::2]
@@ -342,7 +342,8 @@ threads += [threading.Thread(target=move, args=(k,), daemon=True) for k in range
 for thread in threads:
     thread.start()
 for turn in range(12):
-    image = uffd._core.Imager([(a, 8192 * i) for i, a in enumerate(arrays)], fd, memory_limit_bytes=1 << (18 + turn % 4))
+    ranges = [(a, 8192 * i) for i, a in enumerate(arrays)]
+    image = uffd._core.Imager(ranges, fd, memory_limit_bytes=1 << (18 + turn % 4))
     image.start()
     assert image.wait(15)
     image.finish()

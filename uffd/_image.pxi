@@ -217,8 +217,7 @@ cdef int obtain_aside(Image_t *m, RegionPart *p, uint64_t b, int *err) noexcept 
     cdef const char *source = NULL
     cdef uint64_t nbytes = run_bytes(r, b, 1), span = block_span(r, b)
     err[0] = slot_buffer(s)
-    if err[0] == 0 and begin_run(s, r, b, 1, False, PREFETCH, MISSING):
-        s.repair = 1                        # aside: not into the region's own page
+    if err[0] == 0 and claim_aside(s, r, b):
         err[0] = obtain(s, r, b << r.shift, nbytes, &source)
         if err[0] == 0 and source == NULL:
             memset(m.stream_bytes, 0, span)
@@ -229,10 +228,32 @@ cdef int obtain_aside(Image_t *m, RegionPart *p, uint64_t b, int *err) noexcept 
         obtain_ends(s, p, b, err[0] == 0)
         obtained_return(s, r)
         return err[0] == 0
-    if err[0] == 0 and s.no_room:
-        err[0] = -ENOMEM                    # tried again after a pause, as often as a fill
     obtained_return(s, r)
     return 0
+
+
+cdef bint claim_aside(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
+    """As begin_run, for one missing block whose bytes are wanted and which stays missing: it needs no room."""
+    cdef bint claimed
+    critical_enter(s)
+    claimed = claim(s, r, b, MISSING)
+    if claimed:
+        s.region_id = r.id
+        s.region = r
+        s.first = b
+        s.count = 1
+        s.cause = PREFETCH
+        s.write = 0
+        s.repair = 2                        # aside: not into the region's own page
+        s.recycled = 0
+        s.tries = 0
+        s.said_ns = 0
+        s.deadline_ns = now_ns() + r.timeout_ns
+        u64_store(&s.since_ns, s.deadline_ns - r.timeout_ns)
+        s.run += RUN_ONE
+        u32_store(&s.phase, s.run | BUSY)
+    critical_leave(s)
+    return claimed
 
 
 cdef inline void obtained_return(Slot *s, Region_t *r) noexcept nogil:
@@ -245,8 +266,6 @@ cdef inline void obtained_return(Slot *s, Region_t *r) noexcept nogil:
 cdef void obtain_ends(Slot *s, RegionPart *p, uint64_t b, bint good) noexcept nogil:
     """The block is missing again, as it was; saved, if that was good."""
     cdef Region_t *r = p.r
-    recycled_release(s, r)
-    room_give(r.engine, block_span(r, b))
     critical_enter(s)
     if good:
         u8_cas(&p.state[b - p.first], UNSAVED, LIFTED)

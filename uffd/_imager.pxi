@@ -243,7 +243,7 @@ def _layout(list spans, foreign):
         r = region_at(start)
         if r == NULL:
             low, high = foreign.widened(a, b)
-            found.append((low, high, foreign.imaged_shared(low, high)))
+            found.append((low, high))
             continue
         first = (start - <uint64_t>r.base) >> r.shift
         stop = ((end - 1 - <uint64_t>r.base) >> r.shift) + 1
@@ -251,8 +251,10 @@ def _layout(list spans, foreign):
         region_release(r)
         before = regions.get(base, (first, stop))
         regions[base] = (min(before[0], first), max(before[1], stop))
+    pieces = foreign.memory_of(min(found)[0], max([high for _, high in found])) if found else []
     merged = []
-    for low, high, filed in sorted(found):
+    for low, high in sorted(found):
+        filed = foreign.imaged_shared(pieces, low, high)
         before = merged.pop() if merged else (low, low, filed)
         if low <= before[1] and before[2] == filed:
             merged.append((before[0], max(high, before[1]), filed))

@@ -305,10 +305,10 @@ cdef void stream_image(Image_t *m) noexcept nogil:
         image_fail(m, -ENOENT, True)
     if u32_load(&m.aborted):
         image_lift_all(m)
+    u32_store(&m.streaming, 0)              # first: who sees `done` may begin the next image
+    futex_wake_all(&m.streaming)
     u32_store(&m.done, 1)
     futex_wake_all(&m.done)
-    u32_store(&m.streaming, 0)
-    futex_wake_all(&m.streaming)
 
 
 cdef bint spans_mapped(Image_t *m) noexcept nogil:

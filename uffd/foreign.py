@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
 from dataclasses import dataclass
@@ -115,12 +116,18 @@ def _where(start: int, end: int) -> str:
     return f"memory of {end - start} bytes at {start:#x}"
 
 
-def imaged_shared(start: int, end: int) -> bool:
-    """Whether whole pages of memory that is to be imaged are shared memory. ValueError for what can't be imaged."""
-    pieces = memory_of(start, end)
-    refuse_unmapped(pieces, start, end)
-    for piece in pieces:
+def imaged_shared(pieces: list[Memory], start: int, end: int) -> bool:
+    """Whether whole pages of memory that is to be imaged are shared memory. pieces: of `memory_of`, all of [start, end)
+    among them. ValueError for what can't be imaged."""
+    at = max(0, bisect.bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
+    found = []
+    while at < len(pieces) and pieces[at].start < end:
+        if start < pieces[at].end:
+            found.append(pieces[at])
+        at += 1
+    refuse_unmapped(found, start, end)
+    for piece in found:
         if not piece.anonymous and not piece.is_shared_memory:
             raise ValueError(f"{_where(start, end)} is mapped from {piece.path}: a file mapping can be tracked, not "
                              "imaged (the kernel can't stop writes to it); copy it, or take the snapshot by fork")
-    return any(piece.shared for piece in pieces)
+    return any(piece.shared for piece in found)
