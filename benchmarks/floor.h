@@ -89,6 +89,11 @@ int64_t fill_from_file(const struct range *range, int fd, size_t piece_bytes, in
 /* Blocks filled and taken out again, one by one, in pages that are used again and again: evict.c. */
 int64_t evict_cycle(const uint8_t *source, size_t nbytes, size_t block_bytes, const uint64_t *offsets, size_t count);
 
+/* What the kernel takes for tracking, and for the pause of an image: track.c. */
+int64_t scan_written(uint8_t *base, size_t nbytes, const uint64_t *offsets, size_t count);
+int64_t protect_range(uint8_t *base, size_t nbytes);
+int64_t fork_pause(void);
+
 /* A SIGBUS handler fills the faults of `range` in the faulting thread, until inline_remove. One range at a time. */
 int inline_install(const struct range *range);
 int inline_remove(void);

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("floor.c", "placement.c", "evict.c", "migrate.c")
+SOURCES = ("floor.c", "placement.c", "evict.c", "migrate.c", "track.c")
 FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
 
 THREAD, INLINE, INLINE_SHARED = range(3)
@@ -58,6 +58,9 @@ def library() -> ct.CDLL:
     loaded.fill_bulk.restype = loaded.fill_from_file.restype = loaded.touch_sequential.restype = ct.c_int64
     loaded.evict_cycle.restype = ct.c_int64
     loaded.evict_cycle.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_size_t, ct.c_void_p, ct.c_size_t]
+    loaded.scan_written.restype = loaded.protect_range.restype = loaded.fork_pause.restype = ct.c_int64
+    loaded.scan_written.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_void_p, ct.c_size_t]
+    loaded.protect_range.argtypes = [ct.c_void_p, ct.c_size_t]
     loaded.fill_from_file.argtypes = [ct.c_void_p, ct.c_int, ct.c_size_t, ct.c_int]
     loaded.fill_bulk.argtypes = [ct.c_void_p, ct.c_size_t]
     loaded.touch_sequential.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_size_t]
@@ -123,6 +126,21 @@ def evict_cycle(source: np.ndarray, block_bytes: int, offsets: np.ndarray) -> fl
     offsets = np.ascontiguousarray(offsets, dtype=np.uint64)
     return check(library().evict_cycle(source.ctypes.data, source.nbytes, block_bytes, offsets.ctypes.data,
                                        offsets.size)) / 1e9
+
+
+def scan_written(array: np.ndarray, offsets: np.ndarray) -> float:
+    """Seconds of the scan that finds and protects the pages at these offsets, written after the array was armed."""
+    return check(library().scan_written(array.ctypes.data, array.nbytes, offsets.ctypes.data, offsets.size)) / 1e9
+
+
+def protect_range(array: np.ndarray) -> float:
+    """Seconds to write-protect the whole array."""
+    return check(library().protect_range(array.ctypes.data, array.nbytes)) / 1e9
+
+
+def fork_pause() -> float:
+    """Seconds for which fork() stops its caller."""
+    return check(library().fork_pause()) / 1e9
 
 
 def touch_sequential(base: int, nbytes: int, step_bytes: int = PAGE_BYTES) -> float:

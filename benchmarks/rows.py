@@ -34,6 +34,8 @@ class Row:
 
 ON_SAME_CPU = "C worker pinned to the faulting thread's CPU"
 LIMITED = "np.memmap under the same memory cgroup"
+PAGEMAP_SCAN = "one PAGEMAP_SCAN in C, into an array of runs"
+PROTECT = "one UFFDIO_WRITEPROTECT in C"
 BEST_PLACEMENT = "best fixed placement in C"
 
 ROWS = (
@@ -105,6 +107,14 @@ ROWS = (
     Row("snapshot-next-bytes", "the same: bytes, of the first one's", "%", "number", 5.0, True),
     Row("snapshot-restart", "restart from a cold image, with a stored working set: time to the first result", "s",
         "rate", 2.0, False, "the same without it"),
+    Row("track-1", "tracker.written() of 1 GiB, 1 % written, 4 KiB pages", "ms", "time", 1.3, True, PAGEMAP_SCAN),
+    Row("track-100", "the same, all of it written", "ms", "time", 1.3, True, PAGEMAP_SCAN),
+    Row("image-protect-small", "pause of the first image of 1 GiB, 4 KiB pages", "ms", "time", 1.5, True, PROTECT),
+    Row("image-protect-huge", "the same, transparent huge pages", "ms", "time", 1.5, True, PROTECT),
+    Row("image-fork-small", "the same, 4 KiB pages, beside fork", "ms", "time", 1.0, True, "fork() in C"),
+    Row("image-fork-huge", "the same, transparent huge pages, beside fork", "ms", "time", 0.1, True, "fork() in C"),
+    Row("image-next", "pause of the next image of a series, 1 % written since in one piece, 4 KiB pages", "ms", "time",
+        0.1, True, "the first image's"),
     Row("life-1tib-time", "1 TiB region made and closed", "ms", "number", 50.0, True),
     Row("life-1tib-rss", "1 TiB region made and closed: resident memory while open", "MiB", "number", 4.0, True),
     Row("life-1000", "1,000 regions made and closed 20 times: fds, threads, mappings left", "left", "number", 0.0,

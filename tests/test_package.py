@@ -22,8 +22,9 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 # Every public name there may ever be is agreed on before it is written: one that is not here is private.
 MUST = {"probe", "open", "pack", "from_provider", "region_of", "populate", "prefetch", "pinned", "chunks",
         "default_engine", "get_include", "Engine", "Region", "Prefetch", "providers", "UffdError", "Unavailable",
-        "ProviderError", "RegionClosed", "MigrationError", "DegradedWarning"}
-MAY = MUST | {"zeros", "BudgetError", "Capabilities", "Stats", "LatencyHistogram", "Provider", "migrate", "__version__"}
+        "ProviderError", "RegionClosed", "MigrationError", "SnapshotError", "DegradedWarning", "Tracker", "track"}
+MAY = MUST | {"zeros", "BudgetError", "Capabilities", "Stats", "LatencyHistogram", "Provider", "migrate", "snapshot",
+              "__version__"}
 
 
 def run(*command, **options):
@@ -127,7 +128,7 @@ def test_a_public_name_says_what_it_gives(name):
     assert len(inspect.getdoc(getattr(uffd, name)) or "") > 40
 
 
-@pytest.mark.parametrize("owner", ["Engine", "Region", "Prefetch"])
+@pytest.mark.parametrize("owner", ["Engine", "Region", "Prefetch", "Tracker"])
 def test_a_public_method_says_what_it_does(owner):
     members = {name: member for name, member in vars(getattr(uffd, owner)).items() if not name.startswith("_")}
     assert members
@@ -135,7 +136,7 @@ def test_a_public_method_says_what_it_does(owner):
 
 
 def test_every_error_is_of_one_family():
-    for name in ("Unavailable", "ProviderError", "RegionClosed", "MigrationError"):
+    for name in ("Unavailable", "ProviderError", "RegionClosed", "MigrationError", "SnapshotError"):
         assert issubclass(getattr(uffd, name), uffd.UffdError)
     assert issubclass(uffd.Unavailable, OSError)
     assert issubclass(uffd.ProviderError, OSError)

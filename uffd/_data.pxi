@@ -264,7 +264,7 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint32_t count
     uint32_t cause
     uint32_t write
-    uint32_t repair             # 1: pages of the run may be there already: fill aside, place page by page; 2: place none
+    uint32_t repair             # 1: pages of it may be there: fill aside, place page by page; 2: aside, placed nowhere
     uint32_t tries
     int32_t last_error
     uint64_t failed             # the first block of the run that failed for good

@@ -1,7 +1,7 @@
 """Images and trackers under everything at once: the sum holds in every image, copies by tracked pages equal the array.
 
-Writers move amounts between regions (with a budget far below their size), heap arrays and arrays with holes, while images
-are taken one after the other, alone and in series, aborted, and beside trackers, evictions and forks.
+Writers move amounts between regions (with a budget far below their size), heap arrays and arrays with holes, while
+images are taken one after the other, alone and in series, aborted, and beside trackers, evictions and forks.
 """
 
 import pytest
