@@ -1,8 +1,8 @@
 # Room under the budget: who may bring a block in, the pool of moved-out blocks, and what the policy is told.
 #
 # Uses:     the data of _core.pyx, block_span, run_bytes of _fill.pxi; evict_some of _evict.pxi
-# Provides: room_for_run, room_return, room_give, room_wait, room_left, room_high; note_put, note_touch, notes_drain; the
-#           slots of the pool: hole_take, full_take, slot_release, pool_trim; recycled fills
+# Provides: room_for_run, room_return, room_give, room_wait, room_left, room_high; note_put, note_touch,
+#           notes_drain; the slots of the pool: hole_take, full_take, slot_release, pool_trim; recycled fills
 #
 # `used` counts every byte that a region or the pool has, or that was promised to a fill: it is raised before a block
 # is claimed, so it is never above the limit but for the moment in which a limit is lowered. What comes is told to the

@@ -60,7 +60,7 @@ def span_of(x: Any) -> tuple[Any, int, int]:
         raise TypeError(f"dtype {array.dtype} holds Python objects: their addresses lie in the array, they do not")
     if not array.flags.writeable:
         raise ValueError("the array is read-only: nobody writes to it through this array")
-    bounds: Any = np.lib.array_utils.byte_bounds if hasattr(np.lib, "array_utils") else getattr(np, "byte_bounds")  # noqa: B009
+    bounds: Any = getattr(getattr(np.lib, "array_utils", np), "byte_bounds")  # noqa: B009 (numpy 1 has it elsewhere)
     start, end = bounds(array)
     if array.size == 0 or start >= end:
         raise ValueError("the array is empty: it has no memory")
