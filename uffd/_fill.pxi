@@ -597,7 +597,7 @@ cdef bint block_present(Region_t *r, uint64_t b) noexcept nogil:
 
 cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state, uint32_t cause) noexcept nogil:
     """A block that is CLEAN or DIRTY lacks pages: the program dropped them (madvise). They come back as the provider
-    has them, for a touch (DEMAND) or to be stored (REPAIR); what was written to them is gone, as in private mappings."""
+    has them, for a touch (DEMAND) or to be stored (REPAIR); what was written to them is gone."""
     if r.minor and remap_block(s, r, b, state):
         return
     if r.hosted:

@@ -84,7 +84,7 @@ def _run(options):
 
 
 def _parts(path, pairs, options):
-    """The figures of part one, with those of the others under "part2" to "part4"; "same_bits": whether all bits were."""
+    """The figures of part one, with those of the others under "part2" to "part4"; "same_bits": whether all were."""
     from . import part1_model, part2_memory, part3_move, part4_image
     from ._screen import Screen
 
