@@ -330,6 +330,7 @@ cdef void disarm(Engine_t *e, Slot *s) noexcept nogil:
 
 
 include "_fill.pxi"
+include "_place.pxi"
 include "_words.pxi"
 include "_room.pxi"
 include "_evict.pxi"
