@@ -18,7 +18,8 @@ from uffd.migrate._frames import Array, Frames, Layout, Part, described, layout,
 
 PAGE = uffd._core.PAGE_BYTES
 DTYPES = ["<f8", "?", "S7", "U3", "M8[ns]", [("a", "<f4"), ("b", "<i2", (2, 3))],
-          [("x", [("y", "<f8"), ("z", "u1", (2,))])], {"names": ["a"], "formats": ["i4"], "offsets": [4], "itemsize": 16}]
+          [("x", [("y", "<f8"), ("z", "u1", (2,))])],
+          {"names": ["a"], "formats": ["i4"], "offsets": [4], "itemsize": 16}]
 PARTS = (Part(1 << 20, 65536, "anon"), Part(100, 65536, "shared"))
 GOOD = {"type": "offer", **described(Layout(PARTS, (Array("a", 0, 8, np.dtype("<f8"), (3, 5), "C"),
                                                     Array("b", 1, 0, np.dtype("u1"), (100,), "F"))))}
