@@ -494,4 +494,6 @@ part3_move._rows = spoilt
 sys.exit(uffd.demo.main(sys.argv[1:]))
 """, "--data", model, "--words", "king-queen", cwd=tmp_path, part=3)
     assert done.returncode == 1, done.stderr
-    assert re.match(r"[1-9]\d* wrong of ", done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    assert re.match(r"[1-9]\d* wrong of ", lines[-1]) and not ESCAPE.search(done.stdout)
+    assert len(lines) <= 12 and not [line for line in lines if len(line) > 80]

@@ -31,12 +31,13 @@ _MOVED = -1                                      # in place of the count: ask th
 def run(path: Path, *, screen, pairs, seconds: float = SECONDS) -> dict:
     """Do the whole part with the table of the file `path`; returns the figures. Raises DataError, OSError."""
     _eager.check(path)
-    if uffd.probe(self_test=False).mode == "none":
+    mode = uffd.probe(self_test=False).mode
+    if mode == "none":
         raise uffd.Unavailable(38, "part three needs userfaultfd: `uffd probe` has the cure")
     arrays = _eager.load(path)
     name = _plan.make(path, arrays, pairs).table
     rows = _rows(_eager.flat_bytes(arrays[name]), arrays[name])
-    screen.head("uffd demo 3: a service moves while it is asked")
+    screen.head("uffd demo 3: a service moves while it is asked", f"userfaultfd mode: {mode}")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="uffd-demo-"))
         np.save(Path(folder) / "rows.npy", rows)
@@ -44,7 +45,8 @@ def run(path: Path, *, screen, pairs, seconds: float = SECONDS) -> dict:
         after = stack.enter_context(Service("destination", key))
         before = stack.enter_context(Service("source", key, str(Path(folder) / "rows.npy"), after.hears()["url"]))
         before.hears()
-        screen.pair("service", f"looks rows of {name} up ({human_bytes(rows.nbytes)}) and counts each look-up")
+        screen.pair("rows", name)
+        screen.pair("service", f"looks rows up, {human_bytes(rows.nbytes)} of them, and counts in an array beside")
         client = Client(rows, before, after)
         moved = _ask(client, before, after, seconds)
     return _told(client, moved, before, after, rows, screen)
@@ -159,14 +161,14 @@ def _told(client, moved, before, after, rows, screen):
               "counted": counted["sum"], "table_bytes": rows.nbytes, "longest_gap_s": float(gaps_s.max()),
               "downtime_s": source["downtime_s"], "move_s": done_s - begun_s, "per_second": rates,
               "requests_during": int(during.sum()), "source": source, "destination": destination}
-    screen.pair("moved", f"process {client.pids[0]} -> {client.pids[-1]}, by TCP on loopback, with a key, in "
+    screen.pair("moved", f"process {client.pids[0]} -> {client.pids[-1]}, TCP on loopback, with a key, in "
                          f"{human_seconds(result['move_s'])}")
-    screen.pair("", f"sent before {human_bytes(source['bytes']['precopy'])}, after the hand-over "
+    screen.pair("", f"{human_bytes(source['bytes']['precopy'])} sent before; after the hand-over "
                     f"{human_bytes(source['bytes']['pushed'])} pushed, {human_bytes(source['bytes']['requested'])} "
                     "on touch")
-    screen.pair("down", f"{human_seconds(source['downtime_s'])} from the last write there to running here; longest "
-                        f"wait for an answer {human_seconds(result['longest_gap_s'])}")
+    screen.pair("down", f"{human_seconds(source['downtime_s'])} from the last write there to running here")
+    screen.pair("", f"longest wait for an answer: {human_seconds(result['longest_gap_s'])}")
     screen.pair("asked", "  ".join(f"{name} {rate:,}/s" for name, rate in rates.items()))
-    screen.line(f"{client.wrong} wrong of {client.count:,} answers; the counter went on to {counted['sum']:,} in the "
-                "other process", "bold green" if right else "bold red")
+    screen.line(f"{client.wrong} wrong of {client.count:,} answers | the counter went on, to {counted['sum']:,}",
+                "bold green" if right else "bold red")
     return result
