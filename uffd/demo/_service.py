@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import threading
+import warnings
 
 import numpy as np
 
@@ -77,6 +78,7 @@ def destination(key, asked, words):
 
 
 def main(side, key, *rest):
+    warnings.simplefilter("ignore", uffd.DegradedWarning)       # the screen says it in its head
     asked, words = (socket.socket(fileno=int(fd)) for fd in rest[-2:])
     if side == "source":
         source(key, *rest[:-2], asked, words)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ class Writer:
 
 def main(nbytes: int, bytes_per_s: float, seconds: float, png: Path | None, as_json: bool) -> int:
     """Runs both processes; 0, or 1 if what arrived is not what was written."""
+    warnings.simplefilter("ignore", uffd.DegradedWarning)       # no system call touches this memory
     nbytes = max(1, nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
     key = secrets.token_hex(16)
     with subprocess.Popen([sys.executable, "-P", "-m", "uffd.migrate._demo"], stdin=subprocess.PIPE,
@@ -109,6 +111,7 @@ def _move(there: Any, key: str, nbytes: int, bytes_per_s: float,
 
 def _there() -> None:
     """The destination, a process of its own; told by stdin, tells by stdout."""
+    warnings.simplefilter("ignore", uffd.DegradedWarning)
     asked = _heard(sys.stdin)
     with listen("tcp://127.0.0.1:0", key=asked["key"]) as incoming:
         _say(sys.stdout, url=incoming.url)
