@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import uffd
+from support import matrix
 
-pytestmark = pytest.mark.skipif(uffd.probe(self_test=False).mode == "none", reason="no userfaultfd to be had here")
+pytestmark = pytest.mark.skipif(matrix.filled_whole() or uffd.probe(self_test=False).mode == "none",
+                                reason="no userfaultfd to be had here")
 
 
 def run(*arguments, cwd):

@@ -9,9 +9,12 @@ import subprocess
 import time
 
 import pytest
-from support import netns
+import uffd
+from support import matrix, netns
 from support.scripts import deadline_scale, finish_script, run_script, start_script, wait_for_line
 
+pytestmark = pytest.mark.skipif(matrix.filled_whole() or uffd.probe(self_test=False).mode != "full",
+                                reason="no userfaultfd that serves the kernel's accesses")
 START = "from support.migration import *\nimport json\n"
 NBYTES = 48 << 20
 

@@ -2,9 +2,13 @@
 recovered and every byte is right, or it ends with a verdict; no touch hangs, none sees zeros."""
 
 import pytest
+import uffd
+from support import matrix
 from support.pattern import stress_seconds
 from support.scripts import run_script
 
+pytestmark = pytest.mark.skipif(matrix.filled_whole() or uffd.probe(self_test=False).mode != "full",
+                                reason="no userfaultfd that serves the kernel's accesses")
 START = """
 from support.migration import *
 from support.pattern import stress_seconds
