@@ -202,11 +202,11 @@ cdef class Wire:
         cdef uint64_t deadline = now_ns() + 10 * SECOND_NS
         cdef bint ours
         with nogil:
-            while not w.source and u32_load(&w.phase) == PH_COMPLETED and u32_load(&w.connected):
+            while u32_load(&w.phase) >= PH_COMPLETED and u32_load(&w.connected):
                 if now_ns() > deadline - 8 * SECOND_NS:
                     break
                 n = u32_load(&w.turn)
-                if u32_load(&w.connected):  # the source closes first, when it has heard that all is here
+                if u32_load(&w.connected):  # who heard how it ended closes: closed from here, that might be lost
                     futex_wait(&w.turn, n, SLICE_NS)
             ours = w.source and u32_load(&w.frozen) == 0
             if w.source and not ours and w.guard_fd >= 0:

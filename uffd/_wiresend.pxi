@@ -52,7 +52,7 @@ cdef int emit_data(Wire_t *w, int fd, uint32_t part, uint64_t b, uint32_t n, con
     elif codec != NULL:
         packed = wire_pack(codec, room, nbytes - nbytes / 8, data, nbytes)
         if packed == 0 and fd == w.push_fd:
-            w.plain_next = w.plain_next * 2 if w.plain_next < 128 else 256
+            w.plain_next = w.plain_next * 2 if 0 < w.plain_next < 16 else 16 if w.plain_next else 1
             w.plain = w.plain_next
         elif packed:
             w.plain_next = 1
