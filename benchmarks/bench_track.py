@@ -12,7 +12,7 @@ from typing import Any
 import native
 import numpy as np
 import pytest
-from harness import MIB, Side, compare, scaled
+from harness import MIB, compare, scaled
 
 import uffd
 from uffd import _core

@@ -6,6 +6,7 @@ what is under way at one instant.
 
 import ctypes
 import errno
+import mmap
 import os
 import threading
 import time
@@ -129,6 +130,43 @@ def test_the_sum_holds_in_every_image_under_writers(kinds, limit, tmp_path, wher
                 assert time.monotonic() < deadline, "writers stand still after an image"
                 time.sleep(0.001)
     assert sum(int(a.sum()) for a in arrays) == 0
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["plain", "ours"])
+def test_what_was_written_later_is_not_in_an_image_without_what_was_before(ours, tmp_path):
+    """One thread counts in the first page, then in the last, which is protected last: only the gate keeps an image from
+    having the second without the first."""
+    nbytes = 64 << 20
+    if ours:
+        array = uffd.zeros(nbytes // 8, "<i8", delivery="thread")
+    else:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(15)                              # MADV_NOHUGEPAGE: longer to protect
+        array = np.frombuffer(memory, np.int64)
+    array[::1 << 16] = 1                                # every other save-block: a call to protect each
+    stop = threading.Event()
+
+    def count():
+        n = 0
+        while not stop.is_set():
+            n += 1
+            array[0] = n
+            array[-1] = n
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        for turn in range(8):
+            image = Image([array], tmp_path, name=str(turn), limit=1 << 20)
+            image.core.start()
+            assert image.core.wait(20)
+            first, last = (np.fromfile(image.file.name, np.int64, 1, offset=at)[0] for at in (0, nbytes - 8))
+            assert last <= first <= last + 1, (turn, first, last)
+            image.close()
+            os.unlink(tmp_path / str(turn))
+    finally:
+        stop.set()
+        thread.join(10)
 
 
 def test_an_image_of_a_program_that_stands_still_is_its_memory_and_no_more(tmp_path):

@@ -625,14 +625,15 @@ cdef int image_start(Image_t *m) noexcept nogil:
     if err == 0:
         count_image(m)
         u32_store(&m.streaming, 1)
-        u32_store(&m.go, 1)
-        futex_wake_all(&m.go)
     else:
         image_lift_all(m)
     u32_store_seq(&m.gate, 0)
-    futex_wake_all(&m.gate)
     regions_open(m)
     m.pause_ns = now_ns() - t0
+    futex_wake_all(&m.gate)
+    if err == 0:
+        u32_store(&m.go, 1)                 # after the gate: the streamer would take this thread's CPU
+        futex_wake_all(&m.go)
     return err
 
 

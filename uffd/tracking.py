@@ -125,8 +125,7 @@ class Tracker:
     def _refuse_moved(self) -> None:
         """An array whose memory is somewhere else by now. (A region's can't be.)"""
         if self._region is None and self._array is not None:
-            interface = self._array.__array_interface__
-            bounds = (interface["data"][0], int(np.prod(interface["shape"], dtype=object)))
+            bounds = (self._array.__array_interface__["data"][0], self._array.nbytes)
             if bounds != getattr(self, "_seen", bounds):
                 raise self._lost(errno.EFAULT)
             self._seen = bounds
