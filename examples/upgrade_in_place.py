@@ -1,8 +1,8 @@
 """A service replaces itself by a new version of its program and keeps its memory: a table of 1 GiB goes from the old
 process to the new one by its descriptor, in milliseconds, and not a byte of it is copied.
 
-Run: python examples/upgrade_in_place.py [MiB, default 1024]. It needs nothing but uffd, and a userfaultfd that serves the
-kernel's own accesses, too (python -m uffd probe says "full").
+Run: python examples/upgrade_in_place.py [MiB, default 1024]. It needs nothing but uffd, and a userfaultfd that serves
+the kernel's own accesses, too (python -m uffd probe says "full").
 """
 
 import json
@@ -41,7 +41,7 @@ def old_version(folder, mib):
         outgoing.switchover(json.dumps({"answered": answered, "began_s": began_s}).encode())
         report = outgoing.wait(30)
     print(successor.communicate(timeout=30)[0], end="")
-    print(f"passed {report.bytes_passed / 2**20:.0f} MiB, copied {report.bytes_copied} bytes; nobody had the memory for "
+    print(f"passed {report.bytes_passed / 2**20:.0f} MiB, copied {report.bytes_copied} bytes; nobody could write for "
           f"{report.downtime_s * 1e3:.2f} ms")
     return successor.returncode
 

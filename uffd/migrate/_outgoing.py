@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -364,6 +365,6 @@ def _address(view: np.ndarray) -> int:
 def _check_apart(arrays: list[np.ndarray]) -> None:
     """Two views of one memory would become two memories."""
     spans = sorted((_address(one), _address(one) + one.nbytes) for one in arrays)
-    for (_, end), (start, _) in zip(spans, spans[1:]):
+    for (_, end), (start, _) in pairwise(spans):
         if start < end:
             raise ValueError("two of the arrays share memory: migrate the one that both are views of")
