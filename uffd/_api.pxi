@@ -18,6 +18,7 @@ cdef uint64_t BURY_NS = 5000000             # waited where nobody asked to wait:
 
 PAGE_BYTES = PAGE
 MAX_BLOCK = <int>MAX_BLOCK_BYTES
+IMAGE_UNIT_BYTES = <int>IMAGE_UNIT
 MAX_WORKERS_BASE = <int>MAX_BASE_WORKERS
 MAX_HOST_COUNT = <int>MAX_HOSTS
 JOB_PREFETCH = <int>PREFETCH

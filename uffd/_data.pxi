@@ -190,6 +190,8 @@ cdef struct Region_t:
     uint32_t *node              # the policy's node of the block, perhaps a stale one: under policy_lock
     uint32_t *place             # of a pooled block: its slot in the pool; written before POOLED is published
     uint8_t *pins               # calls that pinned the block; 255: for good
+    uint32_t *touched           # blocks + 1 in the order in which touches and read-ahead brought them; or NULL
+    uint64_t touched_count
     uint8_t *spill              # of a spilled block: which of the spill files
     Spill_t *spills             # private regions; NULL: nothing can be written back
     char name[80]

@@ -299,6 +299,8 @@ cdef int attempt(Slot *s, Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
             count(s, r, C_BYTES, nbytes)
             publish(r, b, n, DIRTY if s.write or err > 0 else CLEAN)
             err = 0
+            if s.cause <= READAHEAD and ptr_load(&r.touched) != NULL:
+                touched_note(r, b, n)
         critical_leave(s)
         if err == 0:
             note_put(r, b, <uint32_t>n, NOTE_DEMAND if s.cause == DEMAND else

@@ -177,6 +177,8 @@ cdef void region_unmap(Region_t *r) noexcept nogil:
     if r.texts != NULL:
         munmap(r.texts, page_round(ERRORS * sizeof(Text)))
     r.texts = NULL
+    if r.stuck == 0 and r.touched != NULL:
+        munmap(r.touched, page_round(r.blocks * 4))
     if r.stuck == 0 and r.counters != NULL:
         munmap(r.counters, page_round(STRIPES * sizeof(Counters)))
     r.fd = -1

@@ -1,6 +1,6 @@
 # Native providers: where the bytes of a block come from. Called by workers, or in the SIGBUS handler, never by Python.
 #
-# Uses:     _blosc2.h, _checked.h; the Fill of _core.pyx
+# Uses:     _blosc2.h, _checked.h, _imagefile.h; the Fill of _core.pyx
 # Provides: Filler (what a Region is given), with one constructor per kind
 
 from cython cimport no_gc_clear
@@ -48,6 +48,28 @@ cdef extern from "_checked.h" nogil:
     int uffd_checked_store(void *self, uint32_t slot, uint64_t offset, const void *block, size_t nbytes) noexcept
     int uffd_checked_sync(void *self) noexcept
     void uffd_checked_close(uffd_checked *self) noexcept
+
+cdef extern from "_imagefile.h" nogil:
+    enum:
+        IMAGE_UNIT
+    struct image_extent:
+        uint64_t at
+        uint64_t nbytes
+        uint64_t file
+        uint64_t file_at
+    struct image_file:
+        int fd
+        uint64_t data_offset
+        uint64_t data_bytes
+        uint64_t seed
+        uint64_t *sum
+    struct uffd_image:
+        image_file *file
+        image_extent *extent
+    uffd_image *uffd_image_make(uint64_t files, uint64_t extents) noexcept
+    bint uffd_image_whole(const uffd_image *image, uint64_t nbytes) noexcept
+    int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
+    void uffd_image_free(uffd_image *image) noexcept
 
 cdef struct FileSource:
     int fd
@@ -128,6 +150,7 @@ cdef class Filler:
     cdef NativeSource native
     cdef uffd_b2 *frame
     cdef uffd_checked *checked
+    cdef uffd_image *image_files
     cdef object __weakref__
     cdef Py_buffer view
     cdef bint has_view
@@ -153,6 +176,8 @@ cdef class Filler:
             uffd_b2_close(self.frame)
         if self.checked != NULL:
             uffd_checked_close(self.checked)
+        if self.image_files != NULL:
+            uffd_image_free(self.image_files)
 
     def again(self):
         """Another one of the same: what is kept per slot must not be shared by two engines."""
@@ -230,6 +255,31 @@ cdef class Filler:
             f.fill.sync = &uffd_checked_sync
         f.fill.self = f.checked
         f.fill.may_block = True             # it takes locks: not for a signal handler
+        return f
+
+    @staticmethod
+    def image(list files, bytes extents, uint64_t nbytes):
+        """An image of memory over its files: [(descriptor, data offset, data bytes, seed, sums as 64-bit words)], and
+        extents as four 64-bit words each (_imagefile.h). Takes none of the descriptors over. ValueError where the
+        extents don't fit."""
+        cdef Filler f = Filler()
+        cdef uint64_t i, n = <uint64_t>len(extents) // sizeof(image_extent)
+        f.image_files = uffd_image_make(<uint64_t>len(files), n)
+        if f.image_files == NULL:
+            raise MemoryError("no memory for an image's files")
+        for i in range(<uint64_t>len(files)):
+            _image_file(&f.image_files.file[i], files[i])
+        memcpy(f.image_files.extent, PyBytes_AsString(extents), n * sizeof(image_extent))
+        if not uffd_image_whole(f.image_files, nbytes):
+            raise ValueError(f"the extents don't cover the image's {nbytes} bytes, or leave their files")
+        own = [(f.image_files.file[i].fd, *files[i][1:]) for i in range(<uint64_t>len(files))]
+        f.remake = lambda: Filler.image(own, extents, nbytes)
+        f.kind = "image"
+        f.nbytes = nbytes
+        f.fill.kind = FILL_CALL
+        f.fill.call = &uffd_image_fill
+        f.fill.self = f.image_files
+        f.fill.may_block = True             # a unit is read to the stack: too much for a signal handler
         return f
 
     @staticmethod
@@ -317,6 +367,20 @@ cdef class Filler:
         """(first address, end) of the memory it reads, or None."""
         cdef uint64_t start = <uint64_t>self.fill.direct
         return (start, start + <uint64_t>self.nbytes) if self.fill.kind == FILL_DIRECT else None
+
+
+cdef int _image_file(image_file *to, tuple file) except -1:
+    """Duplicates the descriptor and copies the sums."""
+    cdef bytes sums = file[4]
+    to.data_offset, to.data_bytes, to.seed = file[1], file[2], file[3]
+    if <uint64_t>len(sums) != (to.data_bytes + IMAGE_UNIT - 1) // IMAGE_UNIT * 8:
+        raise ValueError(f"{len(sums)} bytes of sums for {to.data_bytes} bytes of data")
+    to.sum = <uint64_t *>malloc(<size_t>len(sums) + 8)
+    if to.sum == NULL:
+        raise MemoryError("no memory for an image's checksums")
+    memcpy(to.sum, PyBytes_AsString(sums), <size_t>len(sums))
+    to.fd = _os.dup(file[0])
+    return 0
 
 
 def is_private(uint64_t start, uint64_t end):
