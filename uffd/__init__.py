@@ -33,7 +33,7 @@ _refuse_the_other_uffd()
 
 # Elsewhere than on Linux all of this can be imported, too: regions are Unavailable there, or filled whole (eager.py).
 from . import eager as _eager  # noqa: E402, F401 (now: who drops privileges later may find no file)
-from . import providers  # noqa: E402
+from . import providers, snapshot  # noqa: E402
 from .engine import Engine, default_engine  # noqa: E402
 from .formats import open, pack  # noqa: E402
 from .providers.hosted import Provider  # noqa: E402
@@ -53,5 +53,5 @@ __all__ = [
     "BudgetError", "Capabilities", "DegradedWarning", "Engine", "LatencyHistogram", "Prefetch", "Provider",
     "ProviderError", "Region", "RegionClosed", "SnapshotError", "Stats", "Tracker", "UffdError", "Unavailable",
     "chunks", "default_engine", "from_provider", "get_include", "open", "pack", "pinned", "populate", "prefetch",
-    "probe", "providers", "region_of", "track", "zeros",
+    "probe", "providers", "region_of", "snapshot", "track", "zeros",
 ]

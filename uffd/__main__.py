@@ -43,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--json", action="store_true", help="print the sizes as JSON")
     pack.set_defaults(run=_pack)
 
+    from .snapshot import _cli
+
+    _cli.add(commands)
+
     top = commands.add_parser("top", help="a live view of an engine that called engine.serve(PATH)",
                               description="Show budget, residency, rates and latencies of an engine of another process "
                                           "of yours, that called engine.serve(PATH). Ctrl-C ends it.")

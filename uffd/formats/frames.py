@@ -95,6 +95,11 @@ def _array(header: npy.Header, data_bytes: int, path: str, serving: Serving, blo
 
 def _tensors(text: bytes, data_bytes: int, path: str, serving: Serving, block_bytes: int) -> TensorMap:
     tensors, metadata = safetensors.parse_header(text, path, data_bytes, gaps=True)
+    if "uffd_snapshot" in metadata:
+        from ..snapshot import _opening
+
+        return _opening.open_parts(path, metadata, tensors, data_bytes, serving, lambda: providers.Blosc2File(path),
+                                   block_bytes)
 
     def make_region(_part: int) -> Any:
         return serving.region(data_bytes, providers.Blosc2File(path), path, block_bytes)

@@ -45,12 +45,24 @@ class Catalogue:
 def open_tensors(source: Source, kind: str, serving: Serving) -> TensorMap:
     """The mapping of a file, an index or a directory; headers are read now, regions made when asked for."""
     catalogue = read_catalogue(source, kind)
+    if len(catalogue.parts) == 1 and "uffd_snapshot" in catalogue.metadata:
+        return _open_image(catalogue, serving)
 
     def make_region(number: int) -> Any:
         part = catalogue.parts[number]
         return serving.region(part.nbytes, part.source.provider(part.data_offset), part.path)
 
     return TensorMap(catalogue.path, catalogue.tensors, catalogue.metadata, serving, make_region)
+
+
+def _open_image(catalogue: Catalogue, serving: Serving) -> TensorMap:
+    from ..snapshot import _opening
+
+    part = catalogue.parts[0]
+    if isinstance(part.source, LocalSource):
+        return _opening.open_local(part.path, serving)
+    return _opening.open_parts(part.path, dict(catalogue.metadata), catalogue.tensors, part.nbytes, serving,
+                               lambda: part.source.provider(part.data_offset))
 
 
 def read_catalogue(source: Source, kind: str) -> Catalogue:
