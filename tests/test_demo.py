@@ -455,6 +455,33 @@ def test_without_userfaultfd_part_one_is_shown_and_part_two_says_why_not(model, 
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=DEADLINE_S,
                           env={**os.environ, "UFFD_FALLBACK": "eager"})
     assert done.returncode == 0, done.stderr
-    assert "part two" in done.stdout.splitlines()[-1] and "uffd probe" in done.stdout
+    assert "the rest" in done.stdout.splitlines()[-1] and "uffd probe" in done.stdout
     done = subprocess.run([*command, "--part", "2"], cwd=tmp_path, text=True, capture_output=True, timeout=DEADLINE_S)
     assert done.returncode == 2 and "uffd probe" in done.stderr and "Traceback" not in done.stderr
+
+
+# Part four: images of memory that is being written
+
+
+@needs_userfaultfd
+def test_part_four_takes_images_of_one_instant(model, tmp_path):
+    done = run_demo("--data", model, "--words", "king-queen", cwd=tmp_path, part=4)
+    assert done.returncode == 0, done.stderr
+    assert "np.save" in done.stdout and "fork" in done.stdout and "bit by bit" in done.stdout
+    done = run_demo("--data", model, "--words", "king-queen", "--json", cwd=tmp_path, part=4)
+    part = json.loads(done.stdout)["part4"]
+    assert part["same_bits"] and all(way["right"] and way["stall_s"] > 0 for way in part["ways"].values())
+    assert {"save", "fork"} <= set(part["ways"])
+
+
+def test_part_four_finds_an_image_that_is_of_no_instant():
+    from uffd.demo import part4_image
+
+    plain = np.arange(3 << 20, dtype=np.uint64).view(np.uint8)
+    good = plain.copy()
+    good[:5 << 20] += 1
+    assert part4_image._is_one_instant(good, plain)
+    for at, n in ((5 << 20, 1), (9 << 20, 1 << 20)):
+        bad = good.copy()
+        bad[at:at + n] += 1
+        assert not part4_image._is_one_instant(bad, plain)

@@ -36,7 +36,8 @@ def test_the_example_runs(tmp_path, path):
 
 def test_all_examples_of_the_plan_are_there():
     names = {path.stem for path in EXAMPLES}
-    assert {"three_lines", "mandelbrot", "remote_file", "zarr_to_sklearn", "torch_dataloader", "larger_than_memory"} <= names
+    assert {"three_lines", "mandelbrot", "remote_file", "zarr_to_sklearn", "torch_dataloader", "larger_than_memory",
+            "checkpoint_simulation"} <= names
 
 
 # docs/write-a-provider.md: what each of its programs prints.

@@ -20,7 +20,7 @@ METHODS = ["fork", "protect"]
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    why = request.param == "protect" and _methods._why_not_protect()
+    why = request.param == "protect" and _methods.why_not_protect()
     if why:
         pytest.skip(f"method 'protect' {why}")
     return request.param
@@ -146,7 +146,7 @@ def test_memory_that_a_fork_can_not_image_is_refused(tmp_path):
 
 
 def test_protect_says_what_it_needs(tmp_path):
-    why = _methods._why_not_protect()
+    why = _methods.why_not_protect()
     if why:
         with pytest.raises(uffd.Unavailable, match="fork"):
             snapshot.take(np.zeros(9), tmp_path / "x", method="protect")
@@ -186,8 +186,8 @@ def test_progress_is_told_and_its_error_ends_the_image(tmp_path, method):
 
 
 def test_a_full_disk_ends_the_image_and_not_the_program(method):
-    """Goal: SnapshotError that says why, the path as it was, the writers run on. Method: a limit on the file's size, met
-    in the midst since the file is not made as long as it will be."""
+    """Goal: SnapshotError that says why, the path as it was, the writers run on. Method: a limit on the file's size,
+    met in the midst since the file is not made as long as it will be."""
     run_script(f"""
         from uffd import snapshot
         folder = tempfile.mkdtemp()

@@ -276,7 +276,8 @@ def test_a_hostile_header_is_refused(image, data):
     whole = path.read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:begin])
-    value = data.draw(st.one_of(st.integers(-2, 2**70), st.text(max_size=8), st.none(), st.lists(st.integers(), max_size=3)))
+    some = st.one_of(st.integers(-2, 2**70), st.text(max_size=8), st.none(), st.lists(st.integers(), max_size=3))
+    value = data.draw(some)
     key = data.draw(st.sampled_from(["uffd_arrays", "uffd_id", "uffd_created", "uffd_base", "data_offsets", "dtype",
                                      "row", "seal"]))
     seal = header[_files._SUMS]["data_offsets"]

@@ -34,9 +34,10 @@ def _end(number, frame):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="uffd demo", description=(
-        "Open a real model lazily, then use a table that is larger than its memory; every value is checked. At most a "
-        "minute."))
-    parser.add_argument("--part", type=int, choices=(1, 2), help="this part alone (1: files, 2: memory elsewhere)")
+        "Open a real model lazily, use a table that is larger than its memory, take images of memory that is being "
+        "written; every value is checked. At most a minute."))
+    parser.add_argument("--part", type=int, choices=(1, 2, 4), help="this part alone (1: files, 2: memory elsewhere, "
+                        "4: images of memory)")
     parser.add_argument("--data", metavar="PATH", type=Path,
                         help="a .safetensors, .npy or .b2nd file of yours instead of the model")
     parser.add_argument("--words", metavar="A-B,C-D", default=_PAIRS,
@@ -83,23 +84,28 @@ def _run(options):
 
 
 def _parts(path, pairs, options):
-    """The figures of part one, with those of part two under "part2"; "same_bits" is true if they were so in both."""
-    from . import part1_model, part2_memory
+    """The figures of part one, with those of the others under "part2", "part4"; "same_bits": whether all bits were."""
+    from . import part1_model, part2_memory, part4_image
     from ._screen import Screen
 
     screen = Screen(quiet=options.json)
     result = {"same_bits": True}
-    if options.part != 2:
+    if options.part in (None, 1):
         result = part1_model.run(path, screen=screen, pairs=pairs, keep=options.keep, png=options.png or _default_png())
     if options.part is None:
         screen.line()
         if result["mode"] == "none":             # part one can be had by the fallback, which has no budget
-            screen.pair("part two", "needs userfaultfd: `uffd probe` has the cure")
+            screen.pair("the rest", "needs userfaultfd: `uffd probe` has the cure")
             return result
-    if options.part != 1:
+    if options.part in (None, 2):
         result["part2"] = part2_memory.run(path, screen=screen, pairs=pairs, budget_bytes=options.budget_bytes,
                                            seconds=options.seconds, store=options.store)
         result["same_bits"] &= result["part2"]["same_bits"]
+    if options.part is None:
+        screen.line()
+    if options.part in (None, 4):
+        result["part4"] = part4_image.run(path, screen=screen)
+        result["same_bits"] &= result["part4"]["same_bits"]
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -39,8 +39,8 @@ def changed(fd: int, runs: list[tuple[int, int]], chain: Any, known: bool, stop:
 def _widened(runs: list[tuple[int, int]], nbytes: int) -> list[tuple[int, int]]:
     """Sorted, joined where they touch."""
     out: list[tuple[int, int]] = []
-    for start, end in sorted(runs):
-        end = min(end, nbytes)
+    for start, stop in sorted(runs):
+        end = min(stop, nbytes)
         if out and start <= out[-1][1]:
             out[-1] = out[-1][0], max(end, out[-1][1])
         elif end > start:
@@ -62,12 +62,12 @@ def pairs(extents: np.ndarray) -> Iterator[tuple[int, int]]:
 def copied(fd: int, extents: np.ndarray, to: int, offset: int, stop: Callable[[], None]) -> int:
     """Copies the pieces one behind the other; how many bytes they are."""
     done = 0
-    for at, nbytes in extents.tolist():
-        left = nbytes
-        while left:
+    for start, end in pairs(extents):
+        at = start
+        while at < end:
             stop()
-            n = _copied_piece(fd, at, to, offset + done, min(left, _PIECE_BYTES))
-            at, done, left = at + n, done + n, left - n
+            n = _copied_piece(fd, at, to, offset + done, min(end - at, _PIECE_BYTES))
+            at, done = at + n, done + n
     return done
 
 
@@ -87,7 +87,7 @@ def _copied_piece(fd: int, at: int, to: int, offset: int, nbytes: int) -> int:
 
 
 def read_all(fd: int, out: np.ndarray, offset: int) -> None:
-    done, view = 0, memoryview(out)
+    done, view = 0, memoryview(cast(Any, out))
     while done < len(view):
         n = os.preadv(fd, [view[done:]], offset + done)
         if n == 0:

@@ -26,7 +26,7 @@ def choose(method: str, places: list[Place]) -> str:
     """"protect" or "fork". ValueError, Unavailable, SnapshotError with the reason."""
     if method not in ("auto", "protect", "fork"):
         raise ValueError(f"method must be 'auto', 'protect' or 'fork', not {method!r}")
-    why = _why_not_protect()
+    why = why_not_protect()
     if method == "protect" and why:
         raise Unavailable(errno.ENOTSUP, f"method 'protect' {why}; method 'fork' works without")
     if method == "auto":
@@ -36,7 +36,8 @@ def choose(method: str, places: list[Place]) -> str:
     return method
 
 
-def _why_not_protect() -> str:
+def why_not_protect() -> str:
+    """What method "protect" lacks here; empty: nothing."""
     if not hasattr(_core, "Imager"):
         return "needs the extension, which is not there"
     way = _core.mode()[0]
@@ -122,7 +123,7 @@ class Protect:
         self._starts = [offsets[place.name] for place in places]
         ranges = [(buffer, data_offset + start) for buffer, start in zip(buffers, self._starts, strict=True)]
         self.key = [(place.name, place.address, place.nbytes) for place in places]
-        self._imager = _core.Imager(ranges, fd, memory_limit_bytes=memory_limit_bytes, keep=keep,
+        self._imager: Any = _core.Imager(ranges, fd, memory_limit_bytes=memory_limit_bytes, keep=keep,
                                     previous=None if previous is None else previous._imager)
         try:
             self._imager.start()

@@ -50,7 +50,7 @@ class ImageMap(TensorMap):
                  chain: Chain | None = None) -> None:
         super().__init__(path, {}, metadata, serving, lambda _part: self._made_region())
         self._entries = {entry.name: entry for entry in layout.entries}
-        self._tensors = self._entries          # what the mapping iterates over
+        self._tensors: Any = self._entries     # what the mapping iterates over
         self._offsets, self._nbytes, self._id = offsets, nbytes, image_id
         self._make_provider, self._block_bytes, self._chain = make_provider, block_bytes, chain
         self._replayed = np.zeros(0, np.uint32)
@@ -160,8 +160,7 @@ def _ask_ahead(chain: Chain, runs: np.ndarray, block_bytes: int) -> None:
             for at, nbytes, number, file_at in chain.pieces(first, end - first):
                 low, high = max(first, at), min(end, at + nbytes)
                 if low < high:
-                    number = int(number)
-                    os.posix_fadvise(fds[number], chain.files[number].data_offset + int(file_at) + low - at, high - low,
+                    os.posix_fadvise(fds[number], chain.files[number].data_offset + file_at + low - at, high - low,
                                      os.POSIX_FADV_WILLNEED)
             left -= end - first
             if left < 0:

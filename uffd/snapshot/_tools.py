@@ -118,8 +118,9 @@ def info(path: str | os.PathLike[str]) -> Info:
     arrays = {e.name: {"dtype": str(e.dtype), "shape": list(e.shape), "order": e.order, "nbytes": e.nbytes}
               for e in image.layout.entries}
     touched = _opening.working_set(image.path, image.id)
-    return Info(image.path, image.id, _files.VERSION, image.created_s if packed else image.files[0].created_s, packed,
-                arrays, sum(e.nbytes for e in image.layout.entries),
+    created_s = image.created_s if isinstance(image, Packed) else image.files[0].created_s
+    return Info(image.path, image.id, _files.VERSION, created_s, packed, arrays,
+                sum(e.nbytes for e in image.layout.entries),
                 os.stat(image.path).st_size if packed else image.files[0].data_bytes,
                 [image.path] if packed else [file.path for file in image.files], len(touched[1]) if touched else 0)
 
