@@ -19,7 +19,6 @@ cdef extern from "_imagefile.h" nogil:
     void forked_signals_off(sigset_t *before) noexcept
     void forked_signals_back(const sigset_t *before) noexcept
     int fork() noexcept
-    int getpid() noexcept
 
 cdef enum:
     FORKED_PAGES = 256           # of one step of the child: the size of its buffer

@@ -1,6 +1,6 @@
 """Part four: a program that counts up through all of a model's bytes, piece by piece, and keeps an image of them three
-ways: np.save, which stops it; a forked child; write protection. How long it stood still for each, and that each image is
-of one instant: a piece is never more than one step behind the one before it."""
+ways: np.save, which stops it; a forked child; write protection. How long it stood still for each, and that each image
+is of one instant: a piece is never more than one step behind the one before it."""
 
 import errno
 import os
