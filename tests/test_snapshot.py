@@ -37,11 +37,14 @@ def test_the_image_is_the_state_at_the_call(tmp_path, method):
               "bytes": np.frombuffer(bytearray(rng.bytes(100_001)), np.uint8)[3:]}
     np.save(tmp_path / "stopped.npy", arrays["big"])
     before = bits(arrays)
+    called_ns = time.time_ns()
     taken = snapshot.take(arrays, tmp_path / "a", method=method)
+    back_ns = time.time_ns()
     for array in arrays.values():
         array[...] = 0
     report = taken.wait(20)
-    assert report.method == method and taken.done() and taken.instant_ns > 0
+    assert report.method == method and taken.done() and called_ns <= taken.instant_ns <= back_ns
+    assert 0 < report.pause_ns < report.total_ns < 20e9
     found = snapshot.load(tmp_path / "a", lazy=False)
     assert bits(found) == before
     assert (found["big"] == np.load(tmp_path / "stopped.npy")).all()

@@ -91,19 +91,38 @@ static inline int image_read_file(const struct image_file *f, uint64_t at, uint8
     return 0;
 }
 
-static inline int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes)
+/* The first extent that ends behind an offset. */
+static inline uint64_t uffd_image_extent(const struct uffd_image *image, uint64_t offset)
 {
-    const struct uffd_image *image = self;
     uint64_t low = 0, high = image->extents;
-    uint8_t *to = block;
-    (void)slot;
-    while (low < high) {                /* the first extent that ends behind the offset */
+    while (low < high) {
         uint64_t middle = (low + high) / 2;
         if (image->extent[middle].at + image->extent[middle].nbytes <= offset)
             low = middle + 1;
         else
             high = middle;
     }
+    return low;
+}
+
+/* Tells the kernel that a range will be read: a disk then has many requests at once, not one for each worker. */
+static inline void uffd_image_ahead(const struct uffd_image *image, uint64_t offset, uint64_t nbytes)
+{
+    for (uint64_t i = uffd_image_extent(image, offset); nbytes && i < image->extents; i++) {
+        const struct image_extent *e = &image->extent[i];
+        uint64_t skip = offset - e->at, n = e->nbytes - skip < nbytes ? e->nbytes - skip : nbytes;
+        const struct image_file *f = &image->file[e->file];
+        posix_fadvise(f->fd, (off_t)(f->data_offset + e->file_at + skip), (off_t)n, POSIX_FADV_WILLNEED);
+        offset += n, nbytes -= n;
+    }
+}
+
+static inline int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes)
+{
+    const struct uffd_image *image = self;
+    uint64_t low = uffd_image_extent(image, offset);
+    uint8_t *to = block;
+    (void)slot;
     for (; nbytes; low++) {
         if (low == image->extents)
             return -ENODATA;

@@ -69,6 +69,7 @@ cdef extern from "_imagefile.h" nogil:
     uffd_image *uffd_image_make(uint64_t files, uint64_t extents) noexcept
     bint uffd_image_whole(const uffd_image *image, uint64_t nbytes) noexcept
     int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
+    void uffd_image_ahead(const uffd_image *image, uint64_t offset, uint64_t nbytes) noexcept
     void uffd_image_free(uffd_image *image) noexcept
 
 cdef struct FileSource:
@@ -327,6 +328,19 @@ cdef class Filler:
         f.fill.inline_safe = inline_safe
         f.fill.may_block = True
         return f
+
+    def ahead(self, runs):
+        """Of an image: tells the kernel that these bytes will be read, an int64 buffer of (from, to). Releases the
+        interpreter lock, and may wait for the disk's queue."""
+        cdef Py_buffer view
+        cdef uint64_t i
+        cdef int64_t *pair
+        PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
+        with nogil:
+            pair = <int64_t *>view.buf
+            for i in range(<uint64_t>view.len // 16 if self.image_files != NULL else 0):
+                uffd_image_ahead(self.image_files, <uint64_t>pair[2 * i], <uint64_t>(pair[2 * i + 1] - pair[2 * i]))
+        PyBuffer_Release(&view)
 
     def fill_now(self, uint64_t offset, out):
         """Of one with a function, by this thread; for regions that no engine serves. OSError."""

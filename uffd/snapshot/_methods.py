@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ class Fork:
         rows = [(place.address, place.nbytes, data_offset + start)
                 for place, start in zip(places, self._starts, strict=True)]
         self._child = _core.ForkedImage(np.array(rows, np.int64).reshape(-1, 3), fd)
-        self.instant_ns, self.pause_ns = self._child.instant_ns, self._child.pause_ns
+        self.instant_ns = time.time_ns() - (time.monotonic_ns() - self._child.instant_ns)
+        self.pause_ns = self._child.pause_ns
 
     def wait(self, timeout_s: float) -> bool:
         return self._child.wait(int(timeout_s * 1e9))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,13 @@ class ImageMap(TensorMap):
     Each access gives a new array over the same memory. Safe to use from any thread."""
 
     def __init__(self, path: str, image_id: str, layout: _layout.Layout, offsets: dict[str, int], nbytes: int,
-                 metadata: dict[str, Any], serving: Serving, make_provider: Any, block_bytes: int | None = None,
-                 chain: Chain | None = None) -> None:
+                 metadata: dict[str, Any], serving: Serving, make_provider: Any,
+                 block_bytes: int | None = None) -> None:
         super().__init__(path, {}, metadata, serving, lambda _part: self._made_region())
         self._entries = {entry.name: entry for entry in layout.entries}
         self._tensors: Any = self._entries     # what the mapping iterates over
         self._offsets, self._nbytes, self._id = offsets, nbytes, image_id
-        self._make_provider, self._block_bytes, self._chain = make_provider, block_bytes, chain
+        self._make_provider, self._block_bytes = make_provider, block_bytes
         self._replayed = np.zeros(0, np.uint32)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -108,8 +108,10 @@ class ImageMap(TensorMap):
         count = -(-region.nbytes // block_bytes)
         blocks = self._replayed[self._replayed < count].astype(np.int64)
         runs = _windows(blocks)
-        if self._chain is not None:
-            _ask_ahead(self._chain, runs, block_bytes)
+        if isinstance(region.provider, ImageProvider):
+            within = np.cumsum(runs[:, 1] - runs[:, 0]) * block_bytes <= _AHEAD_BYTES
+            threading.Thread(target=region.provider._made.ahead, args=(runs[within] * block_bytes,), daemon=True,
+                             name="uffd-ahead").start()
         return region._prefetch(runs)
 
 
@@ -148,25 +150,6 @@ def _windows(blocks: np.ndarray) -> np.ndarray:
     return np.concatenate(out) if out else np.zeros((0, 2), np.int64)
 
 
-def _ask_ahead(chain: Chain, runs: np.ndarray, block_bytes: int) -> None:
-    """Tells the kernel what will be read: a disk then has many requests at once, in place of one per worker."""
-    left = _AHEAD_BYTES
-    with contextlib.ExitStack() as stack:
-        fds = []
-        for file in chain.files:
-            fds.append(os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
-            stack.callback(os.close, fds[-1])
-        for first, end in (runs * block_bytes).tolist():
-            for at, nbytes, number, file_at in chain.pieces(first, end - first):
-                low, high = max(first, at), min(end, at + nbytes)
-                if low < high:
-                    os.posix_fadvise(fds[number], chain.files[number].data_offset + file_at + low - at, high - low,
-                                     os.POSIX_FADV_WILLNEED)
-            left -= end - first
-            if left < 0:
-                return
-
-
 # ---- what uffd.open finds -----------------------------------------------------------------------------------------
 
 
@@ -176,7 +159,7 @@ def open_local(path: str, serving: Serving) -> ImageMap:
     chain = Chain(path)
     offsets = {entry.name: entry.offset for entry in chain.layout.entries}
     return ImageMap(path, chain.id, chain.layout, offsets, chain.layout.nbytes, {}, serving,
-                    lambda: ImageProvider(path, chain), _files.UNIT_BYTES, chain)
+                    lambda: ImageProvider(path, chain), _files.UNIT_BYTES)
 
 
 def open_parts(path: str, metadata: dict[str, str], tensors: Any, nbytes: int, serving: Serving, make_provider: Any,

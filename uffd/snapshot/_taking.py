@@ -63,7 +63,8 @@ class Snapshot:
     def __init__(self, path: str, layout: _layout.Layout, progress: Progress | None) -> None:
         self.path = path
         self.id = uuid.uuid4().hex
-        self.instant_ns = 0        # of time.monotonic_ns: the state of all arrays is that of this moment
+        self.instant_ns = 0        # of time.time_ns: the state of all arrays is that of this moment
+        self._begun_ns = time.monotonic_ns()
         self._layout = layout
         self._progress = progress
         self._created_s = time.time()
@@ -159,7 +160,7 @@ class Snapshot:
                      for start, stop in (runs if job.base is None else _merging.pairs(extents)))
         info = os.stat(self.path)
         self._report = Report(self.path, job.writer.method, self.id, job.base.name if job.base else None,
-                              job.writer.pause_ns, time.monotonic_ns() - self.instant_ns,
+                              job.writer.pause_ns, time.monotonic_ns() - self._begun_ns,
                               sum(entry.nbytes for entry in self._layout.entries), blocks,
                               sum(stop - start for start, stop in runs) if job.base is None else data_bytes,
                               info.st_size if job.compress else file_bytes, info.st_blocks * 512, job.writer.stats())
