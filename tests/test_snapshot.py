@@ -158,6 +158,29 @@ def test_protect_says_what_it_needs(tmp_path):
         assert snapshot.take(np.zeros(9), tmp_path / "x").wait(10).method == "protect"
 
 
+def test_auto_forks_where_protection_is_not_to_be_had(tmp_path):
+    """Goal: memory that another image has, and regions served inline, are imaged all the same, by fork; by "protect"
+    they are refused with the reason; and the series that had the memory loses no write by that."""
+    if _methods.why_not_protect():
+        pytest.skip("no protection here at all")
+    array = np.ones(2_000_000)
+    with uffd.Engine(workers=2) as engine:
+        inline = uffd.Region(1 << 20, engine=engine, delivery="inline")
+        inline.array()[:] = 5
+        assert snapshot.take(inline.array(), tmp_path / "i").wait(20).method == "fork"
+        assert (snapshot.load(tmp_path / "i", lazy=False)["array"] == 5).all()
+        inline.close()
+    first = snapshot.take(array, tmp_path / "0", base=snapshot.FIRST)
+    assert first.wait(20).method == "protect"            # it keeps its protection
+    assert snapshot.take(array, tmp_path / "1").wait(20).method == "fork"
+    with pytest.raises(ValueError, match="another userfaultfd"):
+        snapshot.take(array, tmp_path / "2", method="protect")
+    array[7] = 3
+    last = snapshot.take(array, tmp_path / "3", base=first)
+    assert last.wait(20).method == "protect" and last.wait().data_bytes == PAGE
+    assert (snapshot.load(tmp_path / "3", lazy=False)["array"] == array).all()
+
+
 # ---- ends
 
 

@@ -6,7 +6,8 @@ from uffd import snapshot
 
 SCRIPT = """
     from uffd import snapshot
-    from uffd.snapshot import _files, _target
+    os.chdir(tempfile.mkdtemp())
+    say(os.getcwd())
     base, number = {"whole": None, "incremental": "base"}[sys.argv[1]], int(sys.argv[2])
     arrays = {"a": np.full(50_000, 1.0), "b": np.arange(9)}
     snapshot.take(arrays, "base", method="fork").wait(15)
@@ -38,8 +39,7 @@ def test_each_step_leaves_the_old_image_or_the_new():
         while done is None or done.signal is not None:
             number += 1
             assert number < 40
-            done = run_script(f"import os\nos.chdir(tempfile.mkdtemp())\nsay(os.getcwd()){SCRIPT}".replace("\n    ", "\n"),
-                              argv=[kind, number])
+            done = run_script(SCRIPT, argv=[kind, number])
             folder = done.stdout.splitlines()[0]
             found = snapshot.load(f"{folder}/a", lazy=False)["a"]
             assert len(set(found.tolist())) == 1

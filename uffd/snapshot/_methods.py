@@ -32,8 +32,9 @@ def choose(method: str, places: list[Place]) -> str:
         raise Unavailable(errno.ENOTSUP, f"method 'protect' {why}; method 'fork' works without")
     if method == "auto":
         method = "fork" if why else "protect"
-    if method == "fork":
-        _check_fork(places)
+    why = why_not_fork(places) if method == "fork" else ""
+    if why:
+        raise SnapshotError(why)
     return method
 
 
@@ -48,16 +49,17 @@ def why_not_protect() -> str:
     return "" if _core.supports("PAGEFAULT_FLAG_WP") else "needs write protection by userfaultfd (Linux 5.7)"
 
 
-def _check_fork(places: list[Place]) -> None:
+def why_not_fork(places: list[Place]) -> str:
+    """Which memory a forked child would not have as it was; empty: none."""
     for place in places:
         region = place.region
         if place.shared:
-            raise SnapshotError(f"array {place.name!r} is in shared memory, which a forked child does not have as it "
-                                "was: it needs method='protect', and that a full userfaultfd")
+            return (f"array {place.name!r} is in shared memory, which a forked child does not have as it was: it needs "
+                    "method='protect', and that a full userfaultfd")
         if region is not None and region.mode == "r+":
-            raise SnapshotError(f"array {place.name!r} is in the region {region.name!r} of mode 'r+': what a forked "
-                                "child reads from its provider later is not as it was; it needs method='protect', and "
-                                "that a full userfaultfd")
+            return (f"array {place.name!r} is in the region {region.name!r} of mode 'r+': what a forked child reads "
+                    "from its provider later is not as it was; it needs method='protect', and that a full userfaultfd")
+    return ""
 
 
 class Fork:

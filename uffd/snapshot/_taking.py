@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SnapshotError
+from ..errors import SnapshotError, Unavailable
 from . import _files, _layout, _memory, _methods, _merging
 from ._target import Target
 
@@ -209,7 +209,8 @@ def take(arrays: Mapping[str, np.ndarray] | np.ndarray, path: str | os.PathLike[
 
     method: "protect": a write to a block that is not saved yet saves it first; needs a full userfaultfd. "fork": a
     forked child writes its memory; works everywhere, not for shared memory and regions of mode "r+", and pays for a
-    copy of each page that is written meanwhile. "auto": protect where the machine grants it, else fork.
+    copy of each page that is written meanwhile. "auto": protect where the machine grants it
+    and the memory allows it (regions served inline, and what a tracker or another image has in hand, don't), else fork.
     memory_limit_bytes: how much may be copied aside with "protect" (None: 64 MiB); beyond, a writer waits for the disk.
 
     base: makes the image incremental: a path or `Snapshot` in the same folder, of arrays of the same names, types and
@@ -232,7 +233,8 @@ def take(arrays: Mapping[str, np.ndarray] | np.ndarray, path: str | os.PathLike[
     job = _Job(target, *_base_of(base, target, layout), compress)
     snapshot = Snapshot(target, layout, progress)
     try:
-        _start(snapshot, job, named, places, way, base, memory_limit_bytes)
+        _start(snapshot, job, named, places, way, base, memory_limit_bytes,
+               method == "auto" and memory_limit_bytes is None)
         thread = threading.Thread(target=snapshot._run, args=(job,), name="uffd-snapshot")
         thread.start()
     except BaseException:
@@ -242,24 +244,36 @@ def take(arrays: Mapping[str, np.ndarray] | np.ndarray, path: str | os.PathLike[
 
 
 def _start(snapshot: Snapshot, job: _Job, named: Mapping[str, np.ndarray], places: list[_memory.Place], way: str,
-           base: Any, memory_limit_bytes: int | None) -> None:
+           base: Any, memory_limit_bytes: int | None, may_fork: bool) -> None:
     """The instant."""
     head = _files.Head(snapshot.id, snapshot._created_s, snapshot._layout, job.base)
     data_offset = 0 if job.base else head.data_offset
     os.ftruncate(job.scratch.fd, data_offset + snapshot._layout.nbytes)
-    if way == "fork":
+    if way == "protect":
+        try:
+            job.writer = _protected(snapshot, job, named, places, data_offset, base, memory_limit_bytes)
+        except (ValueError, Unavailable):
+            # In use by another userfaultfd (a tracker, an image under way), or served inline: a fork can do it.
+            if not may_fork or _methods.why_not_fork(places):
+                raise
+            job.previous, job.keeps = None, False
+    if job.writer is None:
         job.writer = _methods.Fork(snapshot._layout, places, job.scratch.fd, data_offset)
-    else:
-        key = [(place.name, place.address, place.nbytes) for place in places]
-        before = _series.pop(job.base.id, None) if job.base else None
-        if before is not None and before._kept is not None and before._kept.key == key:
-            job.previous, before._kept = before._kept, None
-        job.keeps = base is not None
-        limit = _MEMORY_LIMIT_BYTES if memory_limit_bytes is None else memory_limit_bytes
-        job.writer = _methods.Protect(
-            snapshot._layout, places, job.scratch.fd, data_offset, memory_limit_bytes=limit, keep=job.keeps,
-            previous=job.previous, buffers=[_bytes_of(named[place.name]) for place in places])
     snapshot.instant_ns = job.writer.instant_ns
+
+
+def _protected(snapshot: Snapshot, job: _Job, named: Mapping[str, np.ndarray], places: list[_memory.Place],
+               data_offset: int, base: Any, memory_limit_bytes: int | None) -> _methods.Protect:
+    """The next image of a series goes on with what the one before knows."""
+    key = [(place.name, place.address, place.nbytes) for place in places]
+    before = _series.pop(job.base.id, None) if job.base else None
+    if before is not None and before._kept is not None and before._kept.key == key:
+        job.previous, before._kept = before._kept, None
+    job.keeps = base is not None
+    limit = _MEMORY_LIMIT_BYTES if memory_limit_bytes is None else memory_limit_bytes
+    return _methods.Protect(
+        snapshot._layout, places, job.scratch.fd, data_offset, memory_limit_bytes=limit, keep=job.keeps,
+        previous=job.previous, buffers=[_bytes_of(named[place.name]) for place in places])
 
 
 def _named(arrays: Any) -> dict[str, np.ndarray]:
