@@ -460,11 +460,11 @@ cdef int image_open(Image_t *m) noexcept nogil:
     if m.uffd < 0:
         return m.uffd
     err = uf_api(m.uffd, &want, &ioctls)
-    if err != 0:
-        return err
     for i in range(m.spans):
-        err = uf_register(m.uffd, m.span[i].start, m.span[i].end - m.span[i].start, UF_REGISTER_WP, &ioctls)
+        if err == 0:
+            err = uf_register(m.uffd, m.span[i].start, m.span[i].end - m.span[i].start, UF_REGISTER_WP, &ioctls)
         if err != 0:
+            m.spans = i                     # the rest may be another's, whose registration UNREGISTER would end
             return err
     m.stop_fd = sys_eventfd()
     if m.stop_fd < 0:
