@@ -1,5 +1,6 @@
-"""Images of memory beside a forked child that writes the same: the pause, what a dense writer has meanwhile, the next
-image of a series, a restart from a cold file. Each on pages of 4 KiB and on transparent huge pages where that matters."""
+"""Images of memory beside a forked child that writes the same: what a dense writer has meanwhile; the next image of a
+series; a restart from a cold file. (The pause is in bench_track.py.) On pages of 4 KiB and on transparent huge pages
+where that matters."""
 from __future__ import annotations
 
 import mmap
@@ -40,31 +41,6 @@ def memory(pages: str) -> Iterator[np.ndarray]:
     array = array[skip:skip + NBYTES]
     array[:] = 1
     yield array
-
-
-@PAGES
-def test_pause(benchmark: Any, tmp_path: Path, pages: str) -> None:
-    def by(method: str) -> Side:
-        @contextmanager
-        def side() -> Iterator[Callable[[], float]]:
-            with memory(pages) as array:
-                def work() -> float:
-                    taken = snapshot.take(array, tmp_path / method, method=method)
-                    taken.cancel()                # the pause is known by now, and the rest would take the disk's time
-                    return pauses.pop()
-                pauses: list[float] = []
-                start = snapshot._taking._start
-
-                def noted(shot: Any, job: Any, *rest: Any) -> None:
-                    start(shot, job, *rest)
-                    pauses.append(job.writer.pause_ns / 1e6)
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(snapshot._taking, "_start", noted)
-                    yield work
-        return side
-
-    compare(benchmark, f"snapshot-pause-{pages}", by("protect"), {"fork": by("fork")}, warm_nbytes=64 * MIB,
-            rounds=ROUNDS_OF_IMAGES)
 
 
 @PAGES
@@ -109,8 +85,8 @@ def written_beside(array: np.ndarray, path: Path, method: str) -> float:
 
 
 def test_series(benchmark: Any, tmp_path: Path) -> None:
-    """The first image of a series, and the next ones, 1 % written since: pause, time, bytes; 4 KiB pages."""
-    numbers: dict[str, list[float]] = {"pause": [], "time": [], "bytes": []}
+    """The first image of a series, and the next ones, 1 % written since: time and bytes; 4 KiB pages."""
+    numbers: dict[str, list[float]] = {"time": [], "bytes": []}
 
     def one_round() -> None:
         with memory("small") as array:
@@ -121,7 +97,6 @@ def test_series(benchmark: Any, tmp_path: Path) -> None:
                 array[begin:begin + NBYTES // 100] += 1
                 last = snapshot.take(array, tmp_path / f"{number}", method="protect", base=last)
                 report = last.wait()
-                numbers["pause"].append(report.pause_ns / first.pause_ns)
                 numbers["time"].append(100 * report.total_ns / first.total_ns)
                 numbers["bytes"].append(100 * report.file_bytes / first.file_bytes)
 
@@ -171,6 +146,6 @@ def started(path: Path, way: str) -> float:
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
-    done = subprocess.run([sys.executable, "-P", "-c", RESTART, path, str(TOUCHED), way], capture_output=True, text=True,
-                          timeout=600, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", RESTART, path, str(TOUCHED), way], capture_output=True,
+                          text=True, timeout=600, check=True)
     return float(done.stdout)
