@@ -22,7 +22,8 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 # Every public name there may ever be is agreed on before it is written: one that is not here is private.
 MUST = {"probe", "open", "pack", "from_provider", "region_of", "populate", "prefetch", "pinned", "chunks",
         "default_engine", "get_include", "Engine", "Region", "Prefetch", "providers", "UffdError", "Unavailable",
-        "ProviderError", "RegionClosed", "SnapshotError", "DegradedWarning", "Tracker", "track"}
+        "ProviderError", "RegionClosed", "SnapshotError", "DegradedWarning", "Tracker", "track",
+        "snapshot"}
 MAY = MUST | {"zeros", "BudgetError", "Capabilities", "Stats", "LatencyHistogram", "Provider", "__version__"}
 
 
