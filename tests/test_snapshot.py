@@ -203,6 +203,17 @@ def test_progress_is_told_and_its_error_ends_the_image(tmp_path, method):
     snapshot.take(np.ones(3_000_000), tmp_path / "a", method=method, progress=lambda *n: seen.append(n)).wait(20)
     assert seen and seen[-1][0] == seen[-1][1]
 
+    taken = []
+
+    def cancels(done, total):
+        while not taken:
+            time.sleep(0.001)
+        taken[0].cancel()
+
+    taken.append(snapshot.take(np.ones(10), tmp_path / "c", method=method, progress=cancels))
+    with pytest.raises(uffd.SnapshotError, match="cancelled"):
+        taken[0].wait(20)
+
     def fails(done, total):
         raise RuntimeError("of the user's own")
 

@@ -46,6 +46,7 @@ class Report:
     details: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it as numbers, strings and dicts."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -71,6 +72,7 @@ class Snapshot:
         self._pid = os.getpid()
         self._ended = threading.Event()
         self._cancelled = False
+        self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._report: Report | None = None
         self._kept: Any = None     # of a series: what stays protected for the next one
@@ -96,7 +98,8 @@ class Snapshot:
         """Gives the image up and waits until nothing of it is left; idempotent. One that is durable stays."""
         if os.getpid() == self._pid and not self._ended.is_set():
             self._cancelled = True
-            self._ended.wait()
+            if threading.current_thread() is not self._thread:       # by `progress`: it ends when that is back
+                self._ended.wait()
 
     def __del__(self) -> None:
         kept = getattr(self, "_kept", None)
@@ -123,8 +126,10 @@ class Snapshot:
         except BaseException as error:
             self._error = error
         finally:
-            job.close(keeps=self._error is None)
-            self._ended.set()
+            try:
+                job.close(keeps=self._error is None)
+            finally:
+                self._ended.set()
 
     def _drain(self, writer: Any) -> None:
         ended = False
@@ -235,8 +240,8 @@ def take(arrays: Mapping[str, np.ndarray] | np.ndarray, path: str | os.PathLike[
     try:
         _start(snapshot, job, named, places, way, base, memory_limit_bytes,
                method == "auto" and memory_limit_bytes is None)
-        thread = threading.Thread(target=snapshot._run, args=(job,), name="uffd-snapshot")
-        thread.start()
+        snapshot._thread = threading.Thread(target=snapshot._run, args=(job,), name="uffd-snapshot")
+        snapshot._thread.start()
     except BaseException:
         job.close()
         raise

@@ -37,6 +37,7 @@ class Info:
     working_set: int
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it as numbers, strings, lists and dicts."""
         return asdict(self)
 
     def __str__(self) -> str:
