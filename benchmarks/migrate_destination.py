@@ -1,8 +1,6 @@
-"""A destination for bench_migrate.py, a process of its own: `URL what`. It says where it listens, then what it
-measured.
+"""A destination for bench_migrate.py, a process of its own: `URL what`. It says where it listens, then what it saw.
 
-what: "idle" waits for all; "busy" adds up the array over and over meanwhile; "touch" reads random blocks, one at a
-time.
+what: "idle" waits for all; "busy" adds up pieces of the array meanwhile; "touch" reads random blocks, one at a time.
 """
 
 import json

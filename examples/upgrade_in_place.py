@@ -41,8 +41,8 @@ def old_version(folder, mib):
         outgoing.switchover(json.dumps({"answered": answered, "began_s": began_s}).encode())
         report = outgoing.wait(30)
     print(successor.communicate(timeout=30)[0], end="")
-    print(f"passed {report.bytes_passed / 2**20:.0f} MiB, copied {report.bytes_copied} bytes; nobody had the memory "
-          f"for {report.downtime_s * 1e3:.2f} ms")
+    print(f"passed {report.bytes_passed / 2**20:.0f} MiB, copied {report.bytes_copied} bytes; nobody could write for "
+          f"{report.downtime_s * 1e3:.2f} ms")
     return successor.returncode
 
 

@@ -283,7 +283,7 @@ def test_an_image_that_is_aborted_or_closed_lets_everybody_go(tmp_path, make, wh
             image.core.start()
             if turn % 2:
                 image.core.abort()
-                if not image.core.progress()[0] == image.core.progress()[1]:
+                if image.core.progress()[0] != image.core.progress()[1]:
                     with pytest.raises(uffd.SnapshotError, match="aborted"):
                         image.core.wait(5)
             image.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import operator
 import os
 import secrets
@@ -366,6 +365,6 @@ def _address(view: np.ndarray) -> int:
 def _check_apart(arrays: list[np.ndarray]) -> None:
     """Two views of one memory would become two memories."""
     spans = sorted((_address(one), _address(one) + one.nbytes) for one in arrays)
-    for (_, end), (start, _) in itertools.pairwise(spans):
+    for (_, end), (start, _) in pairwise(spans):
         if start < end:
             raise ValueError("two of the arrays share memory: migrate the one that both are views of")
