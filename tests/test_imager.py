@@ -30,7 +30,7 @@ class Image:
     """A file of arrays side by side, and the Imager that writes it."""
 
     def __init__(self, arrays, folder, *, name="image", limit=LIMIT, **options):
-        self.file = open(folder / name, "w+b")
+        self.file = open(folder / name, "w+b")  # noqa: SIM115: closed by close()
         self.ranges, at = [], 0
         for array in arrays:
             self.ranges.append((array, at))

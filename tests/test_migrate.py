@@ -87,7 +87,7 @@ outgoing = migrate.connect(url, {"a": a, "r": b})
 threads = [threading.Thread(target=write, args=(one,), daemon=True) for one in (a, b)]
 [thread.start() for thread in threads]
 outgoing.precopy(rounds=4, timeout_s=10)
-assert outgoing._wire.dirty_blocks()
+wait_until(outgoing._wire.dirty_blocks, "no write is seen")
 outgoing.switchover()
 report = outgoing.wait(20)
 assert 1 <= report.rounds <= 4 and report.blocks.precopy >= 2 * N // 65536
