@@ -61,7 +61,8 @@ def span_of(x: Any) -> tuple[Any, int, int]:
         raise TypeError(f"dtype {array.dtype} holds Python objects: their addresses lie in the array, they do not")
     if not array.flags.writeable:
         raise ValueError("the array is read-only: nobody writes to it through this array")
-    start, end = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)
+    byte_bounds = getattr(np, "byte_bounds", None) or np.lib.array_utils.byte_bounds    # numpy 1, numpy 2
+    start, end = byte_bounds(array)
     if array.size == 0 or start >= end:
         raise ValueError("the array is empty: it has no memory")
     return array, int(start), int(end)
