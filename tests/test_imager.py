@@ -30,7 +30,7 @@ class Image:
     """A file of arrays side by side, and the Imager that writes it."""
 
     def __init__(self, arrays, folder, *, name="image", limit=LIMIT, **options):
-        self.file = open(folder / name, "w+b")  # noqa: SIM115: closed by close()
+        self.file = open(folder / name, "w+b")  # noqa: SIM115 (closed by close)
         self.ranges, at = [], 0
         for array in arrays:
             self.ranges.append((array, at))
@@ -283,7 +283,8 @@ def test_an_image_that_is_aborted_or_closed_lets_everybody_go(tmp_path, make, wh
             image.core.start()
             if turn % 2:
                 image.core.abort()
-                if image.core.progress()[0] != image.core.progress()[1]:
+                done, total = image.core.progress()
+                if done != total:
                     with pytest.raises(uffd.SnapshotError, match="aborted"):
                         image.core.wait(5)
             image.close()

@@ -53,7 +53,7 @@ class Tracker:
         self._closed = False
         self._pid = os.getpid()
         self._region: Region | None = None
-        self._array: np.ndarray | None
+        self._array: np.ndarray | None = None
         if isinstance(x, Region):
             x._check_open()
             if x.mode == "r":
