@@ -135,7 +135,8 @@ def run_pytest(suite: Suite, *arguments: str) -> Result:
     command = [*suite.prefix, str(suite.python), "-P", "-m", "pytest", "-c", str(suite.tree / "pyproject.toml"),
                "--rootdir", str(suite.tree), "-p", "no:cacheprovider", *shared_out(suite, arguments),
                *in_tree(suite.tree, arguments)]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", **(suite.env or {})}
+    env = {"UFFD_DEADLINE_SCALE": "2" if suite.processes > 1 else "1", **os.environ,
+           "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", **(suite.env or {})}
     for name in ("PYTHONPATH", "PYTHONHOME"):
         env.pop(name, None)
     closing = ""
