@@ -412,6 +412,9 @@ def test_what_ready_raises_closes_that_connection_alone(door, monkeypatch):
     client = one.client()
     _auth.prove(client, KEY, deadline_s=soon())
     assert client.recv(1) == b""
+    until = time.monotonic() + 10
+    while not seen and time.monotonic() < until:    # the thread tells it after it has closed the connection
+        time.sleep(0.001)
     assert seen == ["a bug"]
     monkeypatch.setattr(one.acceptor, "_ready", lambda *item: one.came.put(item))
     one.enter()

@@ -76,7 +76,10 @@ class Machine(RuleBasedStateMachine):
         m.region.flush(timeout_s=20)
         if self.mode == "r+":
             np.testing.assert_array_equal(m.held, m.model)
-            assert not m.region.dirty().any()
+            dirty = m.region.dirty()
+            if self.where.delivery == "inline" or not matrix.full_mode():
+                dirty[list(self.pinned[n])] = False     # stored, and writable still: the kernel may write there
+            assert not dirty.any()
 
     @rule(n=which, b=block, k=length)
     def evict(self, n, b, k):
