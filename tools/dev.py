@@ -40,11 +40,13 @@ OF_THE_INTERPRETER = (
     *(f"tests/test_demo.py::test_{name}" for name in ("bars_move_on_a_terminal", "the_real_model")))
 # There, each delivery and each backing once: the other pairs are made of the same core.
 WHERES_OF_THE_INTERPRETER = {"UFFD_TEST_WHERES": "thread-anon inline-shared"}
-# What rests on sources, on C that is compiled by itself, on arithmetic or on pickles is no matter of privilege.
+# What rests on sources, on C that is compiled by itself, on arithmetic, on pickles, on what is said over sockets or on
+# a server's answers is no matter of privilege.
 WITHOUT_KERNEL = (
     *(f"tests/test_{name}.py" for name in (
-        "house", "blosc2_c", "policy_c", "watchdog", "keys", "eager", "eager_writes", "fallback", "hosted_pickle",
-        "top")),
+        "house", "blosc2_c", "policy_c", "checked_c", "watchdog", "keys", "eager", "eager_writes", "fallback",
+        "hosted_pickle", "top", "redis_cluster", "redis_writers", "migrate_auth", "migrate_frames", "migrate_report")),
+    "tests/property/test_migrate_sim.py", "tests/faults/test_checked_file.py",
     *(f"tests/test_demo.py::test_{name}" for name in (
         "files_that_are_no_model", "types_that_numpy_lacks", "a_wrong_bit_is_found", "bad_files_are_refused_by_name",
         "the_packed_file_goes_unless_it_is_kept", "what_is_missing_is_named_with_its_cure")))
