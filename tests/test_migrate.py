@@ -60,6 +60,28 @@ assert ended(pid) == 0
 """)
 
 
+def test_a_source_ends_by_itself():
+    """Goal: what was handed over is never freed, since who frees memory may write to it, and would wait for ever; so
+    the interpreter of a source comes to its end. Method: malloc is told to fill what is freed."""
+    script("""
+M_PERTURB = -6
+ctypes.CDLL(None).mallopt(M_PERTURB, 165)
+def destination(incoming):
+    for size in (100_000, 300_000):
+        with incoming.accept(20) as arrival:
+            arrival.wait(20)
+            assert (arrival.arrays["0"] == 7).all()
+pid, url = start(destination)
+for size in (100_000, 300_000):     # of malloc's heap, and mapped by itself
+    with migrate.connect(url, np.full(size, 7, "u1")) as outgoing:
+        outgoing.switchover()
+    del outgoing
+    gc.collect()
+assert ended(pid) == 0
+say("the end")
+""", fresh=True)
+
+
 def test_precopy_while_a_writer_never_stops():
     """Goal: what is there at the instant of the hand-over is what arrives, of memory of both kinds, while threads write
     as fast as they can. Method: each write raises both counters of a pair in one order; writers are stopped by the

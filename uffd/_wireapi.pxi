@@ -3,6 +3,9 @@
 # Uses:     _wire.pxi, _wiresend.pxi; _live of _region.pxi
 # Provides: Wire
 
+from cpython.ref cimport Py_INCREF
+
+
 cdef class Wire:
     """One side of a migration: `rules` of migrate/_states.py, and the memory: a Region, or a contiguous buffer of bytes
     (source only). It holds no reference to either; who made it does. All that blocks lets the interpreter go."""
@@ -76,6 +79,12 @@ cdef class Wire:
     def passes(self, uint32_t part):
         """The part's file is shared by both sides. Before start."""
         self.w.part[part].passed = True
+
+    def keep(self, memory):
+        """Source: nobody ever frees `memory`, nor this: its writers are stopped, and who frees memory may write to it,
+        the interpreter at its end among them."""
+        Py_INCREF(memory)
+        Py_INCREF(self)
 
     def limit(self, uint64_t precopy, uint64_t push):
         """Bytes per second; 0: none."""

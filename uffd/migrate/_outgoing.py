@@ -29,7 +29,6 @@ __all__ = ["Outgoing", "connect"]
 CONNECT_S = 30.0                    # for all of connecting
 SWITCHOVER_S = 30.0                 # for the destination to be ready, from the call on
 BLOCK_BYTES = 65536                 # of memory that is not ours
-_handed_over: list[Any] = []        # memory whose writers are stopped, and who stops them: to the end of the process
 
 
 def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_bytes_per_s: float | None = None,
@@ -162,7 +161,7 @@ class Outgoing:
             self._check_running()
             number = self._wire.switchover(bytes(state), int(SWITCHOVER_S * 1e9), on_write == "kill")
             if self._owner != "source":
-                _handed_over.append((self._wire, self._memory))
+                self._wire.keep(self._memory)
         if number:
             raise self._error(f"the switchover failed: {os.strerror(-number)}")
 
