@@ -33,6 +33,7 @@ def import_the_installed_package():
 
 import_the_installed_package()
 
+pytest.register_assert_rewrite("support.redisblocks")   # a plugin that test files import from, too
 from support import fallback, leaks, matrix, native, scripts, shim  # noqa: E402
 from support.pattern import stress_seconds  # noqa: E402
 
@@ -181,6 +182,18 @@ def make(engine, where):
             made.pop().close()
         except BufferError:  # an array outlives the test: the leak check will say so if the mapping does, too
             pass
+
+
+@pytest.fixture(scope="module")
+def blosc2():
+    module = pytest.importorskip("blosc2", reason="Blosc2 files need the package blosc2")
+    from uffd.formats import packing
+
+    with pytest.MonkeyPatch.context() as patch:  # the library keeps threads, which look like a leak of ours
+        patch.setattr(packing, "_compression_threads", lambda: 1)
+        before = module.set_nthreads(1)
+        yield module
+        module.set_nthreads(before)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from uffd.formats import packing
 from support.arrayfiles import (
     DTYPES,
     ML_CODES,
@@ -39,16 +38,6 @@ def warm_files(tmp_path_factory):
     path = tmp_path_factory.mktemp("warm") / "a.npy"
     np.save(path, some_array("<f8", (1 << 18,)))
     assert_same_bits(uffd.open(path), np.load(path))
-
-
-@pytest.fixture(scope="module")
-def blosc2():
-    module = pytest.importorskip("blosc2", reason="Blosc2 files need the package blosc2")
-    with pytest.MonkeyPatch.context() as patch:  # the library keeps threads, which look like a leak of ours
-        patch.setattr(packing, "_compression_threads", lambda: 1)
-        before = module.set_nthreads(1)
-        yield module
-        module.set_nthreads(before)
 
 
 def pair(path):

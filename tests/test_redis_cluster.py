@@ -12,19 +12,16 @@ import time
 import numpy as np
 import pytest
 from support import redisserver
+from support.redisblocks import SMALL, opening, read, skip_without_redis, some_bytes
 
 import uffd
 
-redis = pytest.importorskip("redis", reason="providers.Redis needs redis-py")
-pytest.importorskip("xxhash", reason="providers.Redis needs xxhash")
-if redisserver.why_not():
-    pytest.skip(redisserver.why_not(), allow_module_level=True)
+skip_without_redis()
 
 from uffd.providers.redis import Redis  # noqa: E402
 from uffd.providers.redis_layout import GROUPS, Keys, group_of  # noqa: E402
 
 BLOCK = 65536
-SMALL = 512
 FAILOVER_S = 25.0                                # of the cluster: 1.5 s until a master is missed, and an election
 
 
@@ -52,29 +49,8 @@ def own_cluster(tmp_path):
 
 @pytest.fixture
 def opened():
-    made = []
-
-    def build(url, namespace="space", **options):
-        provider = Redis(url, namespace, **{"block_bytes": SMALL, "timeout_s": FAILOVER_S, **options})
-        provider.open()
-        made.append(provider)
-        return provider
-    yield build
-    for provider in made:
-        try:
-            provider.close()
-        except OSError:                          # a shard of it lost its data
-            pass
-
-
-def some_bytes(count, seed=1):
-    return np.random.default_rng(seed).integers(1, 256, count, dtype=np.uint8)
-
-
-def read(provider, offset, count):
-    out = np.full(count, 0xAA, np.uint8)
-    assert provider.read(offset, out) is None
-    return out
+    with opening(timeout_s=FAILOVER_S) as build:
+        yield build
 
 
 def master_of(cluster, key):

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from support.arrayfiles import DTYPES, ML_CODES, assert_same_bits, some_array
 from support.scripts import run_script
 from uffd.__main__ import main
-from uffd.formats import packing
 
 import uffd
 from uffd import snapshot
@@ -196,16 +195,6 @@ def test_an_image_is_not_written_to(image):
 
 
 # ---- compressed
-
-
-@pytest.fixture(scope="module")
-def blosc2():
-    module = pytest.importorskip("blosc2", reason="Blosc2 files need the package blosc2")
-    with pytest.MonkeyPatch.context() as patch:  # the library keeps threads, which look like a leak of ours
-        patch.setattr(packing, "_compression_threads", lambda: 1)
-        before = module.set_nthreads(1)
-        yield module
-        module.set_nthreads(before)
 
 
 def test_compressed_images(tmp_path, image, blosc2):

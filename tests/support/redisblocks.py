@@ -47,25 +47,28 @@ def own_server(tmp_path):
         one.kill()
 
 
-@pytest.fixture
-def opened():
-    """opened(url, namespace, **options): a provider, open; closed at the end."""
+@contextlib.contextmanager
+def opening(**defaults):
+    """build(url, namespace, **options): a provider, open; all are closed at the end."""
     from uffd.providers.redis import Redis
 
     made = []
 
     def build(url, namespace="space", **options):
-        options = {"block_bytes": SMALL, "timeout_s": 3.0, "lease_s": 2.0, **options}
-        provider = Redis(url, namespace, **options)
+        provider = Redis(url, namespace, **{"block_bytes": SMALL, **defaults, **options})
         provider.open()
         made.append(provider)
         return provider
     yield build
     for provider in made:
-        try:
+        with contextlib.suppress(OSError):       # its server is gone, or a shard of it lost its data
             provider.close()
-        except OSError:                          # its server is gone
-            pass
+
+
+@pytest.fixture
+def opened():
+    with opening(timeout_s=3.0, lease_s=2.0) as build:
+        yield build
 
 
 def some_bytes(count, seed=1):

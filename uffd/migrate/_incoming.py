@@ -21,7 +21,7 @@ from ..errors import MigrationError, UffdError
 from ..region import Region
 from . import _auth, _frames, _states, _urls
 from ._gate import Gate, last_words
-from ._report import Report, Status
+from ._report import Report, Side, Status
 
 __all__ = ["Arrival", "Incoming", "listen"]
 
@@ -110,7 +110,7 @@ class Incoming:
         self.close()
 
 
-class Arrival:
+class Arrival(Side):
     """A migration, at its destination: `arrays` (by name) and `state`, as the source gave them, and the `regions` that
     the arrays lie in. A context manager: leaving it waits for the rest. While some blocks have yet to come, a touch of
     one waits for it; if the connection breaks, until the source recovers; if the source is given up (`close`), such a
@@ -130,15 +130,6 @@ class Arrival:
     def state(self) -> bytes:
         """What the source gave to switchover()."""
         return self._wire.state
-
-    @property
-    def status(self) -> Status:
-        """Where the migration is, as this side knows it."""
-        return Status[_states.status_name(self._phase)]
-
-    @property
-    def _phase(self) -> _states.Phase:
-        return _states.Phase(self._wire.phase)
 
     def _running(self) -> bool:
         return _states.owner_of("destination", self._phase) == "destination"

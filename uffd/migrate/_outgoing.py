@@ -22,7 +22,7 @@ from .._coreless import core as _core
 from ..errors import MigrationError
 from . import _auth, _frames, _states, _urls
 from ._gate import notice_silence, purpose
-from ._report import Report, Status
+from ._report import Report, Side, Status
 
 __all__ = ["Outgoing", "connect"]
 
@@ -93,7 +93,7 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
     return Outgoing(wire, memory, layout, address, secret, migration, began_ns)
 
 
-class Outgoing:
+class Outgoing(Side):
     """A migration, at its source. A context manager: leaving it before the switchover cancels it; after, it waits for
     the end. All methods are thread-safe and release the interpreter lock while they wait."""
 
@@ -107,15 +107,6 @@ class Outgoing:
         self._calls = threading.Lock()          # of those that change the state
         self._dirty: list[int] = []             # what each round had to send
         self._ended = False
-
-    @property
-    def status(self) -> Status:
-        """Where the migration is, as this side knows it."""
-        return Status[_states.status_name(self._phase)]
-
-    @property
-    def _phase(self) -> _states.Phase:
-        return _states.Phase(self._wire.phase)
 
     @property
     def _owner(self) -> str:

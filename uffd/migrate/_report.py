@@ -11,7 +11,7 @@ from typing import Any
 from ..stats import LatencyHistogram
 from ._states import Phase, owner_of, status_name
 
-__all__ = ["Moment", "Report", "Status", "Traffic", "plot"]
+__all__ = ["Moment", "Report", "Side", "Status", "Traffic", "plot"]
 
 _KINDS = ("precopy", "pushed", "requested", "zero", "doubled")
 _COLOURS = {"SETUP": "#e8e8e8", "PRECOPY": "#edae49", "SWITCHOVER": "#d1495b", "POSTCOPY": "#00798c",
@@ -57,6 +57,21 @@ class Traffic:
     def total(self) -> int:
         """All that travelled as bytes: precopy, pushed and requested."""
         return self.precopy + self.pushed + self.requested
+
+
+class Side:
+    """What both ends of a migration say of themselves; `_wire` is the core's end."""
+
+    _wire: Any
+
+    @property
+    def status(self) -> Status:
+        """Where the migration is, as this side knows it."""
+        return Status[status_name(self._phase)]
+
+    @property
+    def _phase(self) -> Phase:
+        return Phase(self._wire.phase)
 
 
 @dataclass(frozen=True)
