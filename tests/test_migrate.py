@@ -177,6 +177,8 @@ def destination(incoming):
     report = arrival.report()
     assert report.blocks.requested >= 90 and report.requests.n >= 90 and report.status == "POSTCOPY"
     assert report.blocked_s > 0 and report.requests_max_ns > 0
+    (mine,) = [s for tid, s in report.blocked_by_thread_s.items() if tid == threading.get_native_id()]
+    assert 0 < mine <= report.blocked_s and sum(report.blocked_by_thread_s.values()) <= report.blocked_s + 1e-6
     arrival.close()                             # what has not come by now never does
     try:
         arrival.regions[0].populate()

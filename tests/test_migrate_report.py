@@ -21,7 +21,7 @@ def figures(**changes):
         "bytes": {"precopy": 60 << 16, "pushed": 30 << 16, "requested": 6 << 16, "zero": 4 << 16, "doubled": 1 << 16,
                   "released": 0},
         "blocks": {"precopy": 60, "pushed": 30, "requested": 6, "zero": 4, "doubled": 1, "released": 0},
-        "rounds": 2, "latency": LATENCY, "latency_max_ns": 5 * MS, "blocked_ns": 170 * MS, "asked": 1000,
+        "rounds": 2, "latency": LATENCY, "latency_max_ns": 5 * MS, "blocked_ns": 170 * MS, "blocked_by_thread_ns": {}, "asked": 1000,
         "stopped_ns": BEGAN + 50 * MS, "resumed_ns": BEGAN + 51 * MS, "left": 0,
         "moments": [(BEGAN + 10 * MS, Phase.PRECOPY, 100), (BEGAN + 49 * MS, Phase.FROZEN, 36),
                     (BEGAN + 50 * MS, Phase.DOUBT, 36), (BEGAN + 51 * MS, Phase.POSTCOPY, 36),

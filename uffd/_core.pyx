@@ -113,6 +113,8 @@ cdef void serve_messages(Slot *s, Region_t *r, uf_msg *message, int n) noexcept 
             note_touch(s.engine, message[i].ptid, message[i].address)
         if f & UF_FLAG_WP and u32_load(&r.watched) and lift_page(s, r, message[i].address):
             continue
+        if r.part != NULL:
+            wire_toucher(r, b, message[i].ptid)
         if f & UF_FLAG_WP == 0 and fills_itself(s, r, b, message[i].ptid):
             continue
         k = m

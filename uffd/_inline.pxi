@@ -197,6 +197,7 @@ cdef int inline_serve(Region_t *r, uint64_t address, int write) noexcept nogil:
             futex_wait(&r.frozen, 1, SECOND_NS)
             continue
         if state == MISSING and wire_pending(r, b):
+            wire_toucher(r, b, <uint32_t>thread_id())
             asked_ns = inline_ask(r, b, write > 0, word, asked_ns)
             verdict = BUS_NOT_OURS
         elif state == MISSING and r.hosted:

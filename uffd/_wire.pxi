@@ -41,6 +41,7 @@ cdef enum:
     WIRE_STATE = 64 << 20           # bytes of state that travel at the switchover, at the most
     WIRE_EVENTS = 512               # of the time line; later ones are not kept
     WIRE_ASKS = 1024                # requests whose time is taken at once
+    WIRE_WAITERS = 256              # threads whose waiting is told; later ones are in the sum alone
     WIRE_SLICE_MS = 100
     WIRE_SILENCE_MS = 15000         # a peer that takes nothing, or gives nothing that is due, for so long is gone
 
@@ -87,6 +88,11 @@ cdef struct Part_t:                 # an array's memory, on either side
 cdef struct Ask:                    # a block that somebody waits for, and since when
     uint64_t key
     uint64_t since_ns
+    uint32_t tid                    # the thread that touched it first
+
+cdef struct Waiter:                 # a thread of the destination's program: how long it waited in all
+    uint32_t tid
+    uint64_t ns
 
 cdef struct Moment:
     uint64_t at_ns
@@ -123,6 +129,7 @@ cdef struct Wire_t:
     uint64_t state_bytes
     uint64_t handed                 # frames of the push connection that were placed
     Ask ask[WIRE_ASKS]
+    Waiter waiter[WIRE_WAITERS]     # tid by CAS, ns added
     # source
     uint64_t rate[2]                # bytes per second of precopy and push; 0: no limit
     uint64_t next_ns                # when the next bytes may go

@@ -273,6 +273,8 @@ cdef class Wire:
                 "rounds": w.rounds, "bytes_wire": w.wired, "bytes_passed": w.passed,
                 "latency": [w.latency[i] for i in range(BUCKETS)],
                 "latency_max_ns": w.latency_max_ns, "blocked_ns": w.blocked_ns, "asked": w.asked,
+                "blocked_by_thread_ns": {w.waiter[i].tid: w.waiter[i].ns for i in range(WIRE_WAITERS)
+                                         if w.waiter[i].tid},
                 "stopped_ns": w.stopped_ns, "resumed_ns": w.resumed_ns, "left": self.left,
                 "moments": [(w.moment[i].at_ns, w.moment[i].phase, w.moment[i].left) for i in range(w.moments)]}
 

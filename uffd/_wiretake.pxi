@@ -77,12 +77,23 @@ cdef void part_clear(Region_t *r, Part_t *p, uint64_t b) noexcept nogil:
     u64_add(&p.wire.left, <uint64_t>-1)
 
 
+cdef inline Ask *ask_of(Wire_t *w, uint32_t part, uint64_t b) noexcept nogil:
+    return &w.ask[(b * SPREAD >> 40 ^ part) & (WIRE_ASKS - 1)]
+
+
+cdef void wire_toucher(Region_t *r, uint64_t b, uint32_t tid) noexcept nogil:
+    """That thread waits for the block; before it is asked for. (Who touches it next is not told.)"""
+    cdef Part_t *p = r.part
+    if p != NULL and not p.wire.source and bit_of(p.todo, b) and not bit_of(p.dirty, b):
+        u32_store(&ask_of(p.wire, <uint32_t>(p - p.wire.part), b).tid, tid)
+
+
 cdef void ask_for(Part_t *p, uint64_t b) noexcept nogil:
     """Sends a request, once. By workers: it never waits; what the socket does not take is sent later."""
     cdef Wire_t *w = p.wire
     cdef uint32_t part = <uint32_t>(p - w.part)
     cdef uint64_t key = (<uint64_t>part << 44 | b) + 1
-    cdef Ask *a = &w.ask[(b * SPREAD >> 40 ^ part) & (WIRE_ASKS - 1)]
+    cdef Ask *a = ask_of(w, part, b)
     if bit_set(p.dirty, b):
         return
     u64_store(&a.key, key)
@@ -129,18 +140,24 @@ cdef void ask_again(Wire_t *w) noexcept nogil:
 
 cdef void note_came(Wire_t *w, uint32_t part, uint64_t b) noexcept nogil:
     """A block that was asked for is there: how long it took, from the fault."""
-    cdef Ask *a = &w.ask[(b * SPREAD >> 40 ^ part) & (WIRE_ASKS - 1)]
+    cdef Ask *a = ask_of(w, part, b)
     cdef uint64_t ns
+    cdef uint32_t tid = u32_load(&a.tid), i
     cdef int bucket
     if u64_load(&a.key) != (<uint64_t>part << 44 | b) + 1:
         return
     ns = now_ns() - a.since_ns
     u64_store(&a.key, 0)
+    u32_store(&a.tid, 0)                    # a call asks for blocks, too, and is no touch
     bucket = u64_log2(ns)
     u64_add(&w.latency[bucket if bucket < BUCKETS else BUCKETS - 1], 1)
     u64_add(&w.blocked_ns, ns)
     if ns > w.latency_max_ns:
         w.latency_max_ns = ns
+    for i in range(<uint32_t>WIRE_WAITERS if tid else 0):
+        if u32_load(&w.waiter[i].tid) == tid or u32_cas(&w.waiter[i].tid, 0, tid):
+            u64_add(&w.waiter[i].ns, ns)
+            break
 
 
 # ---- the destination: what comes ----------------------------------------------------------------------------------

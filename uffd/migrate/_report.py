@@ -95,7 +95,8 @@ class Report:
     what went over the network, after compression; heads of frames are not counted. rounds: of precopy; dirty_blocks:
     for each, what was to be sent in it. requests: how long the destination's threads waited for a block, from the fault
     to the block in its place, in ns; requests_max_ns: the longest. blocked_s: the sum of that over all blocks;
-    blocked_by_thread_s: by thread id, where the kernel tells it. timeline: the states in their order. program: (at_s,
+    blocked_by_thread_s: by thread id, where the kernel tells it; of several that wait for one block, the first; of 256
+    threads at the most. timeline: the states in their order. program: (at_s,
     per second) of the program's own work, if somebody measured it: `plot` draws it.
     """
 
@@ -142,7 +143,7 @@ class Report:
             rounds=figures["rounds"], dirty_blocks=tuple(dirty_blocks),
             requests=LatencyHistogram(tuple(figures["latency"])), requests_max_ns=figures["latency_max_ns"],
             blocked_s=figures["blocked_ns"] / 1e9,
-            blocked_by_thread_s={tid: ns / 1e9 for tid, ns in figures.get("blocked_by_thread_ns", {}).items()},
+            blocked_by_thread_s={tid: ns / 1e9 for tid, ns in figures["blocked_by_thread_ns"].items()},
             timeline=timeline)
 
     @property
