@@ -79,7 +79,7 @@ def test_kept_shared_pages_leave_no_mappings():
             assert array[b * BLOCK] == pattern(b * BLOCK, 1)[0]
         (pid,) = engine._threads.host_pids()
         assert len(mappings(pid, "memfd:uffd (")) <= 3
-        time.sleep(0.3)
+        time.sleep(0.6)
         assert np.array_equal(array, pattern(0, 64 * BLOCK))
         del array
         region.close()

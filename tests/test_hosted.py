@@ -130,13 +130,13 @@ def test_retries(make):
 
 
 def test_late_writes_reach_nobody(make, capfd):
-    """Goal: a provider that keeps `out` and writes to it 100 ms later changes no array, neither its own nor another's,
+    """Goal: a provider that keeps `out` and writes to it later changes no array, neither its own nor another's,
     and is named."""
     region, other = make(8 * BLOCK, Keeps()), make(64 * BLOCK, fill_pattern)
     array, beside = region.array(), other.array()
     region.populate()
     other.populate((0, 32 * BLOCK))
-    time.sleep(0.3)
+    time.sleep(0.6)
     other.populate()
     assert np.array_equal(array, pattern(0, 8 * BLOCK))
     assert np.array_equal(beside, pattern(0, 64 * BLOCK))

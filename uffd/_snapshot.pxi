@@ -18,7 +18,7 @@
 cdef enum:
     SKIPPED = 0                             # the same
     UNSAVED, SAVING, LIFTED, KEPT_BLOCK
-    SAVE_SHIFT = 18                         # of a save-block, 256 KiB: a dense writer pays 2 us per page then, 104 at 4 KiB
+    SAVE_SHIFT = 18                         # of a save-block, 256 KiB: a dense writer pays 2 us per page, 104 at 4 KiB
     STREAM_BLOCKS = 4                       # that the streamer copies at once, if there is memory for them
     FAULT_THREADS = 2
     START_PASSES = 16

@@ -113,15 +113,20 @@ class Unfilled(Pattern):
 
 
 class Keeps(Pattern):
-    """Keeps `out` and writes to it later."""
+    """Keeps `out` and writes to it later: when the next read() begins, and a while after the last one."""
 
     def open(self):
-        self.kept = []
+        self.kept, self.later = [], None
 
     def read(self, offset, out):
+        if self.later:
+            self.later.cancel()
+            self.later.join()               # whatever it writes from now on, it would write to what read() fills here
+        self.scribble()
         out[:] = pattern(offset, len(out))
         self.kept.append(out)
-        threading.Timer(0.1, self.scribble).start()
+        self.later = threading.Timer(0.3, self.scribble)
+        self.later.start()
 
     def scribble(self):
         for out in self.kept:
