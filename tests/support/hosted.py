@@ -122,15 +122,16 @@ class Keeps(Pattern):
         if self.later:
             self.later.cancel()
             self.later.join()               # whatever it writes from now on, it would write to what read() fills here
-        self.scribble()
+        scribble(self.kept)
         out[:] = pattern(offset, len(out))
         self.kept.append(out)
-        self.later = threading.Timer(0.3, self.scribble)
+        self.later = threading.Timer(0.3, scribble, [self.kept])
         self.later.start()
 
-    def scribble(self):
-        for out in self.kept:
-            out[:] = 0xEE
+
+def scribble(kept):
+    for out in kept:
+        out[:] = 0xEE
 
 
 class Offers(Pattern):
