@@ -99,6 +99,17 @@ class Program:
 
 
 NUMPY = "import numpy as np, uffd\n"
+TORN = """
+import uffd
+def torn(offset, out):
+    if offset + len(out) > 65536:
+        raise OSError(5, "torn")
+    out[:] = 1
+if __name__ != "__main__":
+    raise SystemExit                # the provider host imports what follows, too
+rows = slice(0, 70_000)
+table = uffd.from_provider(torn, 1 << 17, "u1", retries=0)
+"""
 DESTINATION = Program("7.0\n", "import uffd\nkey = bytes(32)\ndef serve(table, state):\n    print(table.sum())\n",
                       settings=a_peer, number=0)
 PROGRAMS = {
@@ -118,9 +129,7 @@ PROGRAMS = {
         Program("1000000.0 True 1000000.0\n"),
     ],
     "docs/failure.md": [
-        Program(r"65536 5 \d\n", "import uffd\ndef torn(offset, out):\n    if offset + len(out) > 65536:\n        raise OSError(5, 'torn')\n"
-                "    out[:] = 1\nif __name__ != '__main__':\n    raise SystemExit\nrows = slice(0, 70_000)\n"
-                "table = uffd.from_provider(torn, 1 << 17, 'u1', retries=0)\n"),
+        Program(r"65536 5 \d\n", before=TORN),
         Program("True\n", "import torch.utils.data, uffd\narray = uffd.zeros((64, 2048))\n"
                 "dataset = torch.utils.data.TensorDataset(torch.from_numpy(array))\n",
                 "print(sum(batch.sum().item() == 0 for batch, in loader) == 64)\n", needs=("torch",)),
@@ -225,7 +234,7 @@ def why_not(code):
 
 @pytest.mark.parametrize(("name", "number", "program"), CASES)
 def test_the_program_runs(tmp_path, name, number, program):
-    """Goal: it prints what it should, and ends. Method: in a directory of its own, between what it takes for granted."""
+    """Goal: it prints what it should, and ends. Method: in an empty directory, after what it takes for granted."""
     lacks = [module for module in program.needs if not importlib.util.find_spec(module)]
     if lacks:
         pytest.skip(f"not installed: {', '.join(lacks)}")
