@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong usage is answered by the whole help of the command, which names all there is; its subcommands inherit it."""
+    """Wrong usage is answered by the whole help of the command, which names all there is; subcommands inherit it."""
 
     def error(self, message: str):
         self.exit(2, f"{self.format_help()}\n{self.prog}: error: {message}\n")
