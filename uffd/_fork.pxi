@@ -185,7 +185,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
         for b in range(s.first, s.first + s.count):
             if owned(s, r, b):
                 r.state[b] = (POISONED | <uint32_t>EIO << OWNER_SHIFT if s.repair == 1 else MISSING) | (
-                    r.state[b] & (FROM_PARENT | KEPT))      # a repair: the poison may still lie there
+                    r.state[b] & (FROM_PARENT | KEPT | STICKY))     # a repair: the poison may still lie there
         if r.fill.forget != NULL:
             r.fill.forget(r.fill.self, s.index)             # caught in the middle of a change
     if s.job != NULL:

@@ -154,6 +154,24 @@ class Many(Pattern):
         time.sleep(0.02)
 
 
+class Waits(Pattern):
+    """Takes neighbouring requests together; nothing goes on before the file `gate` is there."""
+
+    def __init__(self, nbytes, log, gate):
+        super().__init__(nbytes, log)
+        self.gate = gate
+
+    def read(self, offset, out):
+        self.read_many([(offset, out)])
+
+    def read_many(self, requests):
+        self.note("asked " + " ".join(str(offset // BLOCK) for offset, _ in requests))
+        while not os.path.exists(self.gate):
+            time.sleep(0.01)
+        for offset, out in requests:
+            out[:] = pattern(offset, len(out))
+
+
 class Slow(Pattern):
     def __init__(self, delay_s, nbytes=None, log=None, concurrency=1):
         super().__init__(nbytes, log, concurrency)
