@@ -61,6 +61,40 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start_s
 
 
+def test_packed(benchmark: Any) -> None:
+    """Data of four times the budget written and read, spilled compressed: what can't get smaller must cost little;
+    beside it what can, both ways."""
+    rng = np.random.default_rng(14)
+    hard = rng.integers(0, 256, NBYTES, dtype=np.uint8)
+    soft = rng.integers(0, 1000, NBYTES // 4, dtype=np.int32).view(np.uint8)
+    shares = {}
+
+    def through(data: np.ndarray, compress: str | None) -> Side:
+        @contextmanager
+        def side() -> Iterator[Callable[[], float]]:
+            with uffd.Engine(budget_bytes=BUDGET_BYTES) as engine:
+                with uffd.Region(NBYTES, uffd.providers.Scratch(compress=compress), engine=engine,
+                                 block_bytes=BLOCK_BYTES) as region:
+                    array = region.array()
+                    yield lambda: timed(lambda: written_and_read(array, data))
+                    stats = region.stats()
+                    shares[data is soft, compress] = 100 * stats.bytes_stored / stats.bytes_written
+                    del array
+        return side
+
+    compare(benchmark, "evict-packed", through(hard, "zstd"), {"Scratch()": through(hard, None)},
+            warm_nbytes=2 * BUDGET_BYTES,
+            beside={"integers, zstd": through(soft, "zstd"), "integers, Scratch()": through(soft, None)})
+    record(benchmark, "evict-packed-bytes", summary([shares[True, "zstd"]]))
+
+
+def written_and_read(array: np.ndarray, data: np.ndarray) -> None:
+    for start in range(0, len(array), MIB):
+        array[start:start + MIB] = data[start:start + MIB]
+    for start in range(0, len(array), MIB):
+        assert np.array_equal(array[start:start + MIB], data[start:start + MIB])
+
+
 def test_metadata(benchmark: Any) -> None:
     """Memory beside the data: of a process that has touched many small blocks, less the budget, for each block."""
     blocks = scaled(1 << 20, 1 << 14)

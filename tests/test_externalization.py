@@ -14,6 +14,7 @@ if not GUIDE.exists():
 
 PRINTED = [
     "True True True",
+    "True",
     "r+ 80 blocks are dirty\n0 560.0",
     "True 1.0\n0.0\nTrue 819200.0\n4096000.0",
     "1000000.0 True 1000000.0",

@@ -197,6 +197,9 @@ MAY_ALLOCATE = {
     "child_free_slots": "a forked child, before its first touch",
     "region_leaves_budget": "a region is closed",
     "spill_close": "a region is closed",
+    "spill_pack": "the writer, at its first block to be compressed; who waits for it has no lock of malloc, as above",
+    "spill_fetch": "memory of our own, which nobody faults in",
+    "packer_free": "an engine is gone",
     "watch_begin": "a tracker is made",
     "watch_end": "a tracker ends",
     "foreign_begin": "a tracker is made",
@@ -212,7 +215,7 @@ MAY_ALLOCATE = {
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"
-                       r"fputs|puts|fopen|PyMem_\w+|madvise|munmap|fork)\s*\(")
+                       r"fputs|puts|fopen|PyMem_\w+|madvise|munmap|fork|codec_make)\s*\(")
 
 
 def code_only(cython):

@@ -57,6 +57,7 @@ cdef void fork_child() noexcept nogil:
     pthread_mutex_init(&registry_lock, NULL)
     foreign_fork_child()
     memset(stripe, 0, sizeof(stripe))
+    unpackers_forked()
     bus_after_fork()
     while e != NULL:
         child_engine(e)
@@ -198,6 +199,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
     s.since_ns = 0
     s.recycled = 0
     s.write_ns = 0
+    s.packer = NULL                         # it may be in the middle of a change
     s.job = NULL
     s.tid = 0
     if s.kind != SLOT_INLINE and s.kind != SLOT_HOSTED:
