@@ -15,6 +15,7 @@ from typing import Any
 
 import native
 import numpy as np
+import policy_sim
 import pytest
 from harness import MIB, SCALE, Side, compare, note, record, scaled, summary
 
@@ -59,6 +60,42 @@ def timed(work: Callable[[], Any]) -> float:
     start_s = time.perf_counter()
     work()
     return time.perf_counter() - start_s
+
+
+@pytest.mark.parametrize("delivery", ["thread", "inline"])
+def test_waits(benchmark: Any, delivery: str) -> None:
+    """Is room made ahead of need? Budgets of several sizes in a steady state; the worst of them counts."""
+    rng = np.random.default_rng(13)
+    shares = {}
+
+    def once() -> None:
+        for budget_bytes in (scaled(32 * MIB, 16 * MIB), scaled(64 * MIB, 16 * MIB), scaled(256 * MIB, 16 * MIB)):
+            blocks = 4 * budget_bytes // BLOCK_BYTES
+            touches = policy_sim.zipf(rng, 3 * blocks, blocks, 0.99) * BLOCK_BYTES
+            with uffd.Engine(budget_bytes=budget_bytes) as engine:
+                with uffd.Region(blocks * BLOCK_BYTES, engine=engine, delivery=delivery, block_bytes=BLOCK_BYTES,
+                                 readahead_bytes=0) as region:
+                    array = region.array()
+                    write_every_second(array, touches[:blocks])
+                    before = region.stats()
+                    write_every_second(array, touches[blocks:])
+                    after = region.stats()
+                    del array
+            waits, faults = (sum(getattr(after, name) - getattr(before, name) for name in names) for names in
+                             (["evict_waits"], ["faults_read", "faults_write", "faults_wp"]))
+            shares[budget_bytes] = 100 * waits / faults
+            note(benchmark, f"budget of {budget_bytes >> 20} MiB", f"{waits} waits, {faults} faults")
+
+    benchmark.pedantic(once, rounds=1)
+    record(benchmark, "evict-waits" if delivery == "thread" else "evict-waits-inline", summary([max(shares.values())]))
+
+
+def write_every_second(array: np.ndarray, touches: np.ndarray) -> None:
+    for write, at in enumerate(touches.tolist()):
+        if write & 1:
+            array[at] = 1
+        else:
+            array[at]
 
 
 def test_packed(benchmark: Any) -> None:
