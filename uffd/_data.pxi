@@ -214,6 +214,7 @@ cdef struct Region_t:
     uint32_t closing
     uint32_t stuck              # references held by workers whose fill hangs for good
     uint32_t in_child           # after a fork, shared backing: alias holds the parent's dirty blocks
+    void *kept                  # Kept: what forked children may still read; under registry_lock
     Watch_t *watch[WATCHES]     # set under registry_lock, read inside `critical`
     uint32_t watched            # how many of them there are
     void *image                 # RegionPart of the image under way; set under registry_lock, read inside `critical`

@@ -247,6 +247,7 @@ cdef void region_reap(Region_t *r) noexcept nogil:
         for k in range(STAGES * BUCKETS):
             (<uint64_t *>e.closed.stage)[k] += (<uint64_t *>r.counters[i].stage)[k]
     region_leaves_budget(r)
+    kept_close(r)
     region_unmap(r)
     spill_close(r)
     if r.hosted:
