@@ -15,6 +15,7 @@ from typing import Any
 
 import native
 import numpy as np
+import policy_sim
 import pytest
 from harness import MIB, SCALE, Side, compare, note, record, scaled, summary
 
@@ -59,6 +60,76 @@ def timed(work: Callable[[], Any]) -> float:
     start_s = time.perf_counter()
     work()
     return time.perf_counter() - start_s
+
+
+@pytest.mark.parametrize("delivery", ["thread", "inline"])
+def test_waits(benchmark: Any, delivery: str) -> None:
+    """Is room made ahead of need? Budgets of several sizes in a steady state; the worst of them counts."""
+    rng = np.random.default_rng(13)
+    shares = {}
+
+    def once() -> None:
+        for budget_bytes in (scaled(32 * MIB, 16 * MIB), scaled(64 * MIB, 16 * MIB), scaled(256 * MIB, 16 * MIB)):
+            blocks = 4 * budget_bytes // BLOCK_BYTES
+            touches = policy_sim.zipf(rng, 3 * blocks, blocks, 0.99) * BLOCK_BYTES
+            with uffd.Engine(budget_bytes=budget_bytes) as engine:
+                with uffd.Region(blocks * BLOCK_BYTES, engine=engine, delivery=delivery, block_bytes=BLOCK_BYTES,
+                                 readahead_bytes=0) as region:
+                    array = region.array()
+                    write_every_second(array, touches[:blocks])
+                    before = region.stats()
+                    write_every_second(array, touches[blocks:])
+                    after = region.stats()
+                    del array
+            waits, faults = (sum(getattr(after, name) - getattr(before, name) for name in names) for names in
+                             (["evict_waits"], ["faults_read", "faults_write", "faults_wp"]))
+            shares[budget_bytes] = 100 * waits / faults
+            note(benchmark, f"budget of {budget_bytes >> 20} MiB", f"{waits} waits, {faults} faults")
+
+    benchmark.pedantic(once, rounds=1)
+    record(benchmark, "evict-waits" if delivery == "thread" else "evict-waits-inline", summary([max(shares.values())]))
+
+
+def write_every_second(array: np.ndarray, touches: np.ndarray) -> None:
+    for write, at in enumerate(touches.tolist()):
+        if write & 1:
+            array[at] = 1
+        else:
+            array[at]
+
+
+def test_packed(benchmark: Any) -> None:
+    """Data of four times the budget written and read, spilled compressed: what can't get smaller must cost little;
+    beside it what can, both ways."""
+    rng = np.random.default_rng(14)
+    hard = rng.integers(0, 256, NBYTES, dtype=np.uint8)
+    soft = rng.integers(0, 1000, NBYTES // 4, dtype=np.int32).view(np.uint8)
+    shares = {}
+
+    def through(data: np.ndarray, compress: str | None) -> Side:
+        @contextmanager
+        def side() -> Iterator[Callable[[], float]]:
+            with uffd.Engine(budget_bytes=BUDGET_BYTES) as engine:
+                with uffd.Region(NBYTES, uffd.providers.Scratch(compress=compress), engine=engine,
+                                 block_bytes=BLOCK_BYTES) as region:
+                    array = region.array()
+                    yield lambda: timed(lambda: written_and_read(array, data))
+                    stats = region.stats()
+                    shares[data is soft, compress] = 100 * stats.bytes_stored / stats.bytes_written
+                    del array
+        return side
+
+    compare(benchmark, "evict-packed", through(hard, "zstd"), {"Scratch()": through(hard, None)},
+            warm_nbytes=2 * BUDGET_BYTES,
+            beside={"integers, zstd": through(soft, "zstd"), "integers, Scratch()": through(soft, None)})
+    record(benchmark, "evict-packed-bytes", summary([shares[True, "zstd"]]))
+
+
+def written_and_read(array: np.ndarray, data: np.ndarray) -> None:
+    for start in range(0, len(array), MIB):
+        array[start:start + MIB] = data[start:start + MIB]
+    for start in range(0, len(array), MIB):
+        assert np.array_equal(array[start:start + MIB], data[start:start + MIB])
 
 
 def test_metadata(benchmark: Any) -> None:

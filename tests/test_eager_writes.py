@@ -106,6 +106,7 @@ def test_a_file_is_written_back(tmp_path, direct):
         assert not region.dirty().any()
         stats = region.stats()
         assert (stats.written_back, stats.bytes_written, stats.write_errors) == (4, 3 * BLOCK + 777, 0)
+        assert stats.bytes_stored == stats.bytes_written
         del array
     assert path.read_bytes() == expected.tobytes()
 

@@ -381,6 +381,85 @@ assert leaks.fd_kinds() == kinds
 """, where=where).check()
 
 
+KEPT = """
+r = region(32 * PAGE, providers.Zero(), engine=uffd.Engine(workers=1), block_bytes=PAGE, mode="c", readahead_bytes=0)
+a = r.array("u1", (32, PAGE))
+a[16:] = 1
+r.evict()
+fds = len(os.listdir("/proc/self/fd"))
+for n in range(16):
+    a[n] = n + 1
+def leaves():
+    r.evict()
+    return not r.resident()[:16].any()
+"""
+
+
+def test_what_a_child_may_read_stays_until_the_last_child_of_it_ends(where):
+    """Goal: blocks of shared memory that were dirty at a fork leave the parent's memory when nobody reads them any more,
+    and not before; all of them read right. Method: the child dies at once, a child of its own reads after that."""
+    if where.backing != "shared":
+        pytest.skip("private memory is the kernel's matter")
+    run_script(KEPT + """
+go, answer = os.pipe(), os.pipe()
+pid = os.fork()
+if not pid:
+    if not os.fork():
+        os.close(go[1])
+        os.read(go[0], 1)
+        os.write(answer[1], b"y" if all((a[n] == n + 1).all() for n in range(16)) else b"n")
+    os._exit(0)
+assert wait_for_child(pid) == 0
+time.sleep(1.5)                             # two ticks of who looks after it
+r.evict()
+assert r.resident()[:16].all()
+assert all((a[n] == n + 1).all() for n in range(16))
+os.close(go[1])
+assert os.read(answer[0], 1) == b"y"
+wait_until(leaves, "they stay, though nobody needs them")
+for fd in (go[0], *answer):
+    os.close(fd)
+assert all((a[n] == n + 1).all() for n in range(16)) and (a[16:] == 1).all()
+wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds + 1, "descriptors are left")      # its spill file more
+""", where=where).check()
+
+
+def test_a_child_that_runs_another_program_needs_nothing(where):
+    if where.backing != "shared":
+        pytest.skip("private memory is the kernel's matter")
+    run_script(KEPT + """
+pid = os.fork()
+if not pid:
+    os.execvp("sleep", ["sleep", "30"])
+wait_until(leaves, "they stay, though the child runs another program")
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+assert all((a[n] == n + 1).all() for n in range(16))
+""", where=where).check()
+
+
+def test_a_region_ends_before_the_children_that_read_it(where):
+    """Goal: the child reads its bytes after the parent's region is gone; nothing of it is left there."""
+    if where.backing != "shared":
+        pytest.skip("private memory is the kernel's matter")
+    run_script(KEPT + """
+go = os.pipe()
+pid = os.fork()
+if not pid:
+    os.close(go[1])
+    os.read(go[0], 1)
+    os._exit(0 if all((a[n] == n + 1).all() for n in range(16)) else 1)
+del a
+r.close()
+with region(PAGE, providers.Zero(), engine=r.engine) as other:
+    other.populate()
+    os.close(go[1])
+    assert wait_for_child(pid) == 0
+    wait_until(lambda: not any("pipe" in to for fd, to in leaks.read_fds().items() if int(fd) > 2 and int(fd) != go[0]),
+               "the pipe is left")
+""", where=where).check()
+
+
 def test_matrix_is_tested_somewhere():
     """Goal: a kernel on which no delivery works makes this suite say so, rather than pass empty."""
     reasons = [where.unavailable() for where in matrix.WHERES]

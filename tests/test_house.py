@@ -194,9 +194,18 @@ MAY_ALLOCATE = {
     "pool_trim": "the same",
     "recycled_release": "the same",
     "pool_ready": "the first eviction of a block size; nobody waits for it",
+    "kept_parent": "the thread that forked, after it",
+    "kept_make": "the same",
+    "kept_child": "a forked child, before its first touch",
+    "kept_look": "the keeper, once a child has ended",
+    "kept_drop": "the same",
+    "kept_close": "a region is closed",
     "child_free_slots": "a forked child, before its first touch",
     "region_leaves_budget": "a region is closed",
     "spill_close": "a region is closed",
+    "spill_pack": "the writer, at its first block to be compressed; who waits for it has no lock of malloc, as above",
+    "spill_fetch": "memory of our own, which nobody faults in",
+    "packer_free": "an engine is gone",
     "watch_begin": "a tracker is made",
     "watch_end": "a tracker ends",
     "foreign_begin": "a tracker is made",
@@ -212,7 +221,7 @@ MAY_ALLOCATE = {
     "unpoison_pages": "a repair, asked for by populate; events of madvise are not asked for",
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|strdup|asprintf|printf|fprintf|"
-                       r"fputs|puts|fopen|PyMem_\w+|madvise|munmap|fork)\s*\(")
+                       r"fputs|puts|fopen|PyMem_\w+|madvise|munmap|fork|codec_make)\s*\(")
 
 
 def code_only(cython):

@@ -39,7 +39,7 @@ FEATURES = {
 COUNTER_NAMES = ("faults_read", "faults_write", "faults_wp", "blocks_demand", "blocks_readahead", "blocks_prefetch",
                  "bytes_filled", "duplicates", "retries", "errors", "poisoned", "readahead_wasted", "repaired",
                  "evicted", "rescued", "written_back", "bytes_written", "write_errors", "evict_waits", "evict_busy",
-                 "recycled")
+                 "recycled", "bytes_stored")
 STAGE_NAMES = ("queue", "fill", "resolve", "write")
 IOCTLS = {"API": UF_IOC_API, "REGISTER": UF_IOC_REGISTER, "UNREGISTER": UF_IOC_UNREGISTER, "WAKE": UF_IOC_WAKE,
           "COPY": UF_IOC_COPY, "ZEROPAGE": UF_IOC_ZEROPAGE, "WRITEPROTECT": UF_IOC_WRITEPROTECT,

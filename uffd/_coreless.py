@@ -27,7 +27,7 @@ STATES = {"missing": 0, "filling": 1, "clean": 2, "unprotecting": 3, "dirty": 4,
 COUNTER_NAMES = ("faults_read", "faults_write", "faults_wp", "blocks_demand", "blocks_readahead", "blocks_prefetch",
                  "bytes_filled", "duplicates", "retries", "errors", "poisoned", "readahead_wasted", "repaired",
                  "evicted", "rescued", "written_back", "bytes_written", "write_errors", "evict_waits", "evict_busy",
-                 "recycled")
+                 "recycled", "bytes_stored")
 STAGE_NAMES = ("queue", "fill", "resolve", "write")
 
 
@@ -78,7 +78,7 @@ class Filler:
         return self
 
     @staticmethod
-    def zero() -> Filler:
+    def zero(packs: bool = False) -> Filler:
         return Filler("zero", None)
 
     @staticmethod

@@ -100,6 +100,7 @@ cdef enum:                      # counters of a region
     C_FAULTS_READ, C_FAULTS_WRITE, C_FAULTS_WP, C_DEMAND, C_READAHEAD, C_PREFETCH, C_BYTES, C_DUPLICATES
     C_RETRIES, C_ERRORS, C_POISONED, C_WASTED, C_REPAIRED
     C_EVICTED, C_RESCUED, C_WRITTEN, C_BYTES_WRITTEN, C_WRITE_ERRORS, C_EVICT_WAITS, C_EVICT_BUSY, C_RECYCLED
+    C_BYTES_STORED
     COUNTERS
 
 cdef enum:                      # stages, each with a histogram
@@ -135,6 +136,7 @@ cdef struct Fill:               # where blocks come from. Constant while a regio
     bint private_memory         # FILL_DIRECT: no file is behind it that could be cut under us
     bint inline_safe            # may run in the SIGBUS handler
     bint may_block              # a fill can take long: others must not queue behind it
+    bint packs                  # what is spilled over it is compressed
 
 cdef struct Counters:           # one cache-line-aligned stripe; relaxed adds
     uint64_t n[COUNTERS]
@@ -204,6 +206,7 @@ cdef struct Region_t:
     uint64_t touched_count
     uint8_t *spill              # of a spilled block: which of the spill files; of a native store's: UNSYNCED .. LOST
     Spill_t *spills             # private regions; NULL: nothing can be written back
+    uint32_t *packed            # compressed spilling: bytes of each block's image in its file; else NULL
     char name[80]
     char provider[80]
     # seen by several threads
@@ -211,6 +214,7 @@ cdef struct Region_t:
     uint32_t closing
     uint32_t stuck              # references held by workers whose fill hangs for good
     uint32_t in_child           # after a fork, shared backing: alias holds the parent's dirty blocks
+    void *kept                  # Kept: what forked children may still read; under registry_lock
     Watch_t *watch[WATCHES]     # set under registry_lock, read inside `critical`
     uint32_t watched            # how many of them there are
     void *image                 # RegionPart of the image under way; set under registry_lock, read inside `critical`
@@ -296,6 +300,8 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint64_t write_limit_ns     # after so long it hangs
     uint64_t give_up_ns         # of one that waits for writes of others, whom nobody can tell to stop; 0: none
     uint64_t room_since_ns      # a touch waits for room since then; 0: none does
+    void *packer                # who writes: its encoder, and the buffer of what it made; NULL before they are used
+    char *packed
     uint8_t pad[64]
 
 cdef struct Piece:              # some blocks to bring in, or one handed-off fault
@@ -376,6 +382,8 @@ cdef struct Spill_t:            # where the dirty blocks of a private region go
     int file[EPOCHS]            # -1: not opened
     uint32_t epoch              # of the file that is written now
     uint32_t written            # something was, since the last fork
+    uint32_t plain              # blocks that are stored without a try to compress them, and how many at the next time
+    uint32_t plain_next
     char folder[256]
 
 cdef struct Engine_t:

@@ -355,7 +355,7 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
         return spill_read(s, r, offset, nbytes, source)
     if lies_elsewhere(r, offset >> r.shift):
         source[0] = r.alias + offset        # dirty in the parent when it forked
-        return 0
+        return parent_lacks(r, offset, span)
     if r.fill.kind == FILL_DIRECT and not r.minor and nbytes == span and not r.nested and not s.recycled:
         source[0] = r.fill.direct + offset
         return 0

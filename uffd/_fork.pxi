@@ -18,14 +18,12 @@ cdef void fork_prepare() noexcept nogil:
         e = e.next
     for i in range(snapshot.n if snapshot != NULL else 0):
         spill_fork(snapshot.entry[i].region)
+    kept_prepare()
 
 
 cdef void fork_parent() noexcept nogil:
     cdef Engine_t *e = engines
-    cdef uint64_t i
-    for i in range(snapshot.n if snapshot != NULL else 0):
-        if is_shared(snapshot.entry[i].region) and snapshot.entry[i].region.writable:
-            keep_for_child(snapshot.entry[i].region)
+    kept_parent()
     u32_store_seq(&fork_gate, 0)
     futex_wake_all(&fork_gate)
     while e != NULL:
@@ -34,18 +32,6 @@ cdef void fork_parent() noexcept nogil:
         e = e.next
     pthread_mutex_unlock(&registry_lock)
     pthread_mutex_unlock(&foreign_lock)
-
-
-cdef void keep_for_child(Region_t *r) noexcept nogil:
-    """Shared backing: a child reads what was dirty at the fork from our pages, whenever it touches it. They stay."""
-    cdef uint64_t b = 0, last = 0
-    while next_known(r, &b, &last):
-        while b < last:
-            if is_dirty(r.state[b] & STATE_MASK) or r.state[b] & WRITING:
-                if u8_load(&r.pins[b]) == 0:
-                    u64_add(&r.engine.pinned, block_span(r, b))
-                r.pins[b] = 255
-            b += 1
 
 
 cdef void fork_child() noexcept nogil:
@@ -57,6 +43,7 @@ cdef void fork_child() noexcept nogil:
     pthread_mutex_init(&registry_lock, NULL)
     foreign_fork_child()
     memset(stripe, 0, sizeof(stripe))
+    unpackers_forked()
     bus_after_fork()
     while e != NULL:
         child_engine(e)
@@ -66,6 +53,7 @@ cdef void fork_child() noexcept nogil:
         for i in range(snapshot.n):
             child_part(snapshot.entry[i].region)
             child_region(snapshot.entry[i].region)
+    kept_child()
     e = engines
     while e != NULL:
         child_budget(e)
@@ -198,6 +186,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
     s.since_ns = 0
     s.recycled = 0
     s.write_ns = 0
+    s.packer = NULL                         # it may be in the middle of a change
     s.job = NULL
     s.tid = 0
     if s.kind != SLOT_INLINE and s.kind != SLOT_HOSTED:
@@ -264,6 +253,7 @@ cdef int child_make_private(Region_t *r) noexcept nogil:
     clean comes from the provider again, what the parent had written comes from its pages, as of the child's first
     touch."""
     cdef uint64_t b = 0, last = 0
+    global child_reads
     cdef uint32_t state
     cdef int protection = PROT_READ | PROT_WRITE if r.writable else PROT_READ
     if mmap(r.base, r.span, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED:
@@ -277,6 +267,7 @@ cdef int child_make_private(Region_t *r) noexcept nogil:
         while b < last:
             state = r.state[b] & STATE_MASK
             r.state[b] = MISSING | (FROM_PARENT if is_dirty(state) else 0) | r.state[b] & SPILLED
+            child_reads |= is_dirty(state)
             b += 1
     return 0
 

@@ -84,6 +84,7 @@ cdef int keeper_tick(Engine_t *e) noexcept nogil:
     elif now - e.stalled_ns > STALL_NS:
         stand_in_start(e)
     writers_look(e, now)
+    kept_look(e)
     if e.dying != NULL:
         busy = True
         keeper_reap(e)

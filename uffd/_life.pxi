@@ -137,6 +137,10 @@ cdef int region_map(Region_t *r) noexcept nogil:
         r.texts = map_lazy(page_round(ERRORS * sizeof(Text)), PROT_READ | PROT_WRITE, -1)
     if r.state == NULL or r.counters == NULL or r.hosted and r.texts == NULL:
         return -ENOMEM
+    if r.fill.packs and r.writable and r.shift > u64_log2(PAGE):
+        r.packed = <uint32_t *>map_lazy(page_round(r.blocks * 4), PROT_READ | PROT_WRITE, -1)
+        if r.packed == NULL:
+            return -ENOMEM
     r.node = <uint32_t *>(<char *>r.state + page_round(r.blocks * 4))
     r.place = <uint32_t *>(<char *>r.node + page_round(r.blocks * 4))
     r.pins = <uint8_t *>r.place + page_round(r.blocks * 4)
@@ -174,6 +178,8 @@ cdef void region_unmap(Region_t *r) noexcept nogil:
             munmap(r.watch[i], watch_span(r.watch[i].end - r.watch[i].first))
     if r.stuck == 0 and r.state != NULL:
         munmap(r.state, state_bytes(r))
+    if r.stuck == 0 and r.packed != NULL:
+        munmap(r.packed, page_round(r.blocks * 4))
     if r.texts != NULL:
         munmap(r.texts, page_round(ERRORS * sizeof(Text)))
     r.texts = NULL
@@ -241,6 +247,7 @@ cdef void region_reap(Region_t *r) noexcept nogil:
         for k in range(STAGES * BUCKETS):
             (<uint64_t *>e.closed.stage)[k] += (<uint64_t *>r.counters[i].stage)[k]
     region_leaves_budget(r)
+    kept_close(r)
     region_unmap(r)
     spill_close(r)
     if r.hosted:
@@ -522,6 +529,7 @@ cdef void engine_free(Engine_t *e) noexcept nogil:
     if e.slots != NULL:
         for i in range(<uint32_t>MAX_SLOTS):
             slot_close(&e.slots[i])
+            packer_free(&e.slots[i])
             if e.slots[i].staging != NULL and e.slots[i].kind != SLOT_HOSTED:
                 munmap(e.slots[i].staging, MAX_BLOCK_BYTES)
         munmap(e.slots, page_round(MAX_SLOTS * sizeof(Slot)))

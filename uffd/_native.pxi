@@ -143,6 +143,13 @@ cdef int native_store(void *self, uint32_t slot, uint64_t offset, const void *bl
     return n.write(n.user_data, offset, block, nbytes)
 
 
+def load_codec():
+    """Has the machine's zstd loaded. OSError where there is none."""
+    cdef int err = codec_load()
+    if err != 0:
+        raise _os_error(err, "no libzstd.so.1 on this machine, for compress='zstd' (Debian: apt install libzstd1)")
+
+
 @no_gc_clear
 cdef class Filler:
     """A native provider as the core sees it. Immutable; kept alive by the regions that use it."""
@@ -193,10 +200,12 @@ cdef class Filler:
         return other
 
     @staticmethod
-    def zero():
+    def zero(bint packs=False):
+        """packs: what is spilled over it is compressed; after load_codec."""
         cdef Filler f = Filler()
-        f.remake = Filler.zero
+        f.remake = lambda: Filler.zero(packs)
         f.kind = "zero"
+        f.fill.packs = packs
         f.fill.kind = FILL_ZERO
         f.fill.inline_safe = True
         return f

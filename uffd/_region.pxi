@@ -47,7 +47,9 @@ cdef class Region:
         _copy_name(r.provider, provider)
         r.writes_back = writes_back
         r.volatile_pages = volatile_pages
-        err = _prepare(r, shared, memfd)
+        err = unpackers_make() if r.fill.packs else 0
+        if err == 0:
+            err = _prepare(r, shared, memfd)
         if err == 0 and writable:
             err = _prepare_spill(r, spill_folder)
         if err == 0:

@@ -1,8 +1,9 @@
 # Writing back: dirty blocks go to their store, which is the region's provider or, for private memory, a spill file.
 #
-# Uses:     the states of _fill.pxi, claim_out, copy_resident and slots of _evict.pxi; host_store of _hosted.pxi
+# Uses:     the states of _fill.pxi, claim_out, copy_resident and slots of _evict.pxi; host_store of _hosted.pxi;
+#           spill_write of _spill.pxi
 # Provides: writer_main, writer_ask (a block left its region dirty), write_range, note_unwritten;
-#           lacks_pages (dropped by the program); spill_read, spill_fork, spill_close
+#           lacks_pages (dropped by the program)
 #
 #   DIRTY        > COPYING (protected, copied) > CLEAN + WRITING      its bytes are on their way
 #   POOLED_DIRTY > COPYING (copied)            > POOLED + WRITING     the same, moved out
@@ -281,7 +282,7 @@ cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *b
         if r.writes_back:
             err = r.fill.store(r.fill.self, s.index, b << r.shift, bytes, run_bytes(r, b, n))
         else:
-            err = spill_write(r, b, n, bytes, epoch)
+            err = spill_write(s, r, b, n, bytes, epoch)
         u64_store(&s.write_ns, 0)
         if err == 0 or once or tries >= r.retries or u32_load(&r.engine.stopping):
             break
@@ -325,6 +326,7 @@ cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uin
     if err == 0:
         count(s, r, C_WRITTEN, n)
         count(s, r, C_BYTES_WRITTEN, run_bytes(r, b, n))
+        count(s, r, C_BYTES_STORED, run_bytes(r, b, n) if r.writes_back else spill_took(r, b, n))
         r.write_again_ns = 0
         r.write_pause_ns = 0
         if r.writes_back:
@@ -452,103 +454,3 @@ cdef uint64_t count_dirty(Region_t *r) noexcept nogil:
 
 cdef inline bint is_dirty(uint32_t state) noexcept nogil:
     return state == DIRTY or state == POOLED_DIRTY or state == UNPROTECTING
-
-
-# ---- the spill file ---------------------------------------------------------------------------------------------
-
-cdef int spill_file(Spill_t *f, uint32_t epoch) noexcept nogil:
-    """The descriptor of the file of an epoch, opened at its first use; or -errno. Without a name: gone with the
-    process. Blocks lie in it where they lie in the region, so it is as sparse as they are."""
-    cdef int fd = <int>u32_load(<uint32_t *>&f.file[epoch])
-    if fd >= 0:
-        return fd
-    fd = sys_unnamed_file(f.folder)
-    if fd < 0:
-        return fd
-    if not u32_cas(<uint32_t *>&f.file[epoch], <uint32_t>-1, <uint32_t>fd):
-        close(fd)                           # another thread was faster
-        fd = <int>u32_load(<uint32_t *>&f.file[epoch])
-    return fd
-
-
-cdef int spill_write(Region_t *r, uint64_t b, uint32_t n, const char *bytes, uint32_t *epoch) noexcept nogil:
-    cdef int fd
-    epoch[0] = u32_load(&r.spills.epoch)
-    if epoch[0] >= EPOCHS:
-        return -ENOSPC                      # after so many forks: each needed the file as it was then
-    u32_store(&r.spills.written, 1)
-    fd = spill_file(r.spills, epoch[0])
-    return fd if fd < 0 else pwrite_all(fd, bytes, run_span(r, b, n), b << r.shift)
-
-
-cdef int pwrite_all(int fd, const char *bytes, uint64_t nbytes, uint64_t offset) noexcept nogil:
-    cdef uint64_t at = 0
-    cdef int64_t n
-    while at < nbytes:
-        n = pwrite(fd, bytes + at, nbytes - at, <int64_t>(offset + at))
-        if n > 0:
-            at += <uint64_t>n
-        elif n == 0:
-            return -EIO
-        elif errno != EINTR:
-            return -errno
-    return 0
-
-
-cdef int pread_all(int fd, char *bytes, uint64_t nbytes, uint64_t offset) noexcept nogil:
-    """All of it, or an error: a file that ends early is ENODATA."""
-    cdef uint64_t at = 0
-    cdef int64_t n
-    while at < nbytes:
-        n = pread(fd, bytes + at, nbytes - at, <int64_t>(offset + at))
-        if n > 0:
-            at += <uint64_t>n
-        elif n == 0:
-            return -ENODATA
-        elif errno != EINTR:
-            return -errno
-    return 0
-
-
-cdef int spill_read(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const char **source) noexcept nogil:
-    """Spilled blocks for a fill: all blocks of a run are, or none. 0 or -errno."""
-    cdef uint64_t b = offset >> r.shift, at = 0, part, span = page_round(nbytes)
-    cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
-    cdef int err
-    if r.minor and not s.repair:
-        if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>span) != 0:
-            return -errno
-        target = r.alias + offset
-    elif target == NULL:
-        err = slot_buffer(s)
-        if err != 0:
-            return err
-        target = s.staging
-    while at < span:
-        part = block_span(r, b)
-        while at + part < span and r.spill[b] == r.spill[b + (part >> r.shift)]:
-            part += block_span(r, b + (part >> r.shift))
-        err = pread_all(r.spills.file[r.spill[b]], target + at, part, offset + at)
-        if err != 0:
-            return err
-        at += part
-        b += part >> r.shift
-    source[0] = target
-    return 0
-
-
-cdef void spill_fork(Region_t *r) noexcept nogil:
-    """Before a fork: the child reads its spilled blocks from the files as they are now, so none of them is written
-    again; both sides go on in files of their own."""
-    if r.spills != NULL and u32_swap(&r.spills.written, 0):
-        u32_add(&r.spills.epoch, 1)
-
-
-cdef void spill_close(Region_t *r) noexcept nogil:
-    cdef int i
-    if r.spills != NULL:
-        for i in range(EPOCHS):
-            if r.spills.file[i] >= 0:
-                close(r.spills.file[i])
-        free(r.spills)
-        r.spills = NULL

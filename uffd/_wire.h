@@ -5,7 +5,6 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <dlfcn.h>
 #include <errno.h>
 #include <poll.h>
 #include <stdint.h>
@@ -119,64 +118,6 @@ static inline int wire_take_pair(int fd, char *name, int *pair, int timeout_ms)
     for (i = 0; i < n; i++)
         close(got[i]);
     return -EPROTO;
-}
-
-/* The machine's zstd (libzstd.so.1), found when it is asked for. A context belongs to one thread. */
-static struct {
-    void *(*encoder)(void);
-    size_t (*free_encoder)(void *);
-    size_t (*encode)(void *, void *, size_t, const void *, size_t, int);
-    void *(*decoder)(void);
-    size_t (*free_decoder)(void *);
-    size_t (*decode)(void *, void *, size_t, const void *, size_t);
-    unsigned (*failed)(size_t);
-} wire_zstd;
-
-/* 0, or -ENOENT: it is not there, or lacks what is needed. Under the interpreter's lock; it stays loaded. */
-static inline int wire_zstd_load(void)
-{
-    void *library = wire_zstd.failed ? NULL : dlopen("libzstd.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (wire_zstd.failed)
-        return 0;
-    if (!library)
-        return -ENOENT;
-    *(void **)&wire_zstd.encoder = dlsym(library, "ZSTD_createCCtx");
-    *(void **)&wire_zstd.free_encoder = dlsym(library, "ZSTD_freeCCtx");
-    *(void **)&wire_zstd.encode = dlsym(library, "ZSTD_compressCCtx");
-    *(void **)&wire_zstd.decoder = dlsym(library, "ZSTD_createDCtx");
-    *(void **)&wire_zstd.free_decoder = dlsym(library, "ZSTD_freeDCtx");
-    *(void **)&wire_zstd.decode = dlsym(library, "ZSTD_decompressDCtx");
-    if (wire_zstd.encoder && wire_zstd.free_encoder && wire_zstd.encode && wire_zstd.decoder &&
-        wire_zstd.free_decoder && wire_zstd.decode)
-        *(void **)&wire_zstd.failed = dlsym(library, "ZSTD_isError");
-    return wire_zstd.failed ? 0 : -ENOENT;
-}
-
-static inline void *wire_codec(int encodes)
-{
-    return encodes ? wire_zstd.encoder() : wire_zstd.decoder();
-}
-
-static inline void wire_codec_free(void *codec, int encodes)
-{
-    if (codec && encodes)
-        wire_zstd.free_encoder(codec);
-    else if (codec)
-        wire_zstd.free_decoder(codec);
-}
-
-/* Bytes at `to`; 0: they would not be fewer than `most`. */
-static inline size_t wire_pack(void *codec, void *to, size_t most, const void *from, size_t nbytes)
-{
-    const size_t n = codec ? wire_zstd.encode(codec, to, most, from, nbytes, 1) : 0;
-    return !codec || wire_zstd.failed(n) ? 0 : n;
-}
-
-/* 0, or -EPROTO: it does not make exactly nbytes. */
-static inline int wire_unpack(void *codec, void *to, size_t nbytes, const void *from, size_t packed)
-{
-    const size_t n = codec ? wire_zstd.decode(codec, to, nbytes, from, packed) : 0;
-    return !codec || wire_zstd.failed(n) || n != nbytes ? -EPROTO : 0;
 }
 
 /* Whether all bytes are zero; as fast as memory where they are, at once where they are not. */

@@ -23,11 +23,6 @@ cdef extern from "_wire.h" nogil:
     int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms) noexcept
     bint wire_is_zero(const char *p, size_t n) noexcept
     int wire_shutdown(int fd) noexcept
-    int wire_zstd_load() noexcept
-    void *wire_codec(bint encodes) noexcept
-    void wire_codec_free(void *codec, bint encodes) noexcept
-    size_t wire_pack(void *codec, void *to, size_t most, const void *data, size_t nbytes) noexcept
-    int wire_unpack(void *codec, void *to, size_t nbytes, const void *data, size_t packed) noexcept
     char *wire_disarm(char *start, uint64_t len) noexcept
     int wire_take_pair(int fd, char *name, int *pair, int timeout_ms) noexcept
     uint64_t wire_next_bit(const uint64_t *bits, uint64_t start, uint64_t end) noexcept

@@ -71,9 +71,7 @@ cdef class Wire:
 
     def pack(self):
         """Blocks go, or come, compressed by zstd where that makes them smaller. Before start. OSError."""
-        cdef int err = wire_zstd_load()
-        if err != 0:
-            raise _os_error(err, "no libzstd.so.1 on this machine, for compress='zstd' (Debian: apt install libzstd1)")
+        load_codec()
         self.w.packs = True
 
     def passes(self, uint32_t part):

@@ -94,11 +94,11 @@ cdef int read_store(Slot *s, Region_t *r, uint64_t b, uint32_t word, char *out) 
     if err != 0:
         return err
     if word & SPILLED:
-        err = pread_all(r.spills.file[r.spill[b]], out, block_span(r, b), offset)
+        err = spill_fetch(r, b, block_span(r, b), out)
         return err if u32_load(&r.state[b]) == word else 1
     if r.in_child and word & FROM_PARENT:
         memcpy(out, r.alias + offset, nbytes)
-        return 0
+        return parent_lacks(r, offset, block_span(r, b))
     if r.fill.kind == FILL_ZERO:
         memset(out, 0, nbytes)
     elif r.fill.kind == FILL_DIRECT:

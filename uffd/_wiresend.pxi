@@ -47,15 +47,10 @@ cdef int emit_data(Wire_t *w, int fd, uint32_t part, uint64_t b, uint32_t n, con
     """Compressed, if that is wanted and makes it smaller by an eighth at least; where it did not, the next runs are not
     tried, twice as many each time."""
     cdef size_t packed = 0
-    if codec != NULL and fd == w.push_fd and w.plain:
-        w.plain -= 1
-    elif codec != NULL:
-        packed = wire_pack(codec, room, nbytes - nbytes / 8, data, nbytes)
-        if packed == 0 and fd == w.push_fd:
-            w.plain_next = w.plain_next * 2 if 0 < w.plain_next < 16 else 16 if w.plain_next else 1
-            w.plain = w.plain_next
-        elif packed:
-            w.plain_next = 1
+    if codec != NULL and (fd != w.push_fd or not codec_skips(&w.plain)):
+        packed = codec_pack(codec, room, nbytes - nbytes / 8, data, nbytes)
+        if packed or fd == w.push_fd:
+            codec_learns(&w.plain, &w.plain_next, packed != 0)
     u64_add(&w.wired, packed if packed else nbytes)
     if packed:
         return emit(w, fd, W_PACKED, part, b, n, room, packed)
@@ -103,7 +98,7 @@ cdef void *push_main(void *argument) noexcept nogil:
     """Sends what is to be sent, all of it in some order, near the last request first."""
     cdef Wire_t *w = <Wire_t *>argument
     cdef char *buffer = map_lazy(WIRE_BUFFER, PROT_READ | PROT_WRITE, -1)
-    cdef void *codec = wire_codec(True) if w.packs else NULL
+    cdef void *codec = codec_make(CODEC_ENCODES) if w.packs else NULL
     cdef uint32_t epoch = 0
     cdef int err
     while wire_enter(w, &epoch):
@@ -112,7 +107,7 @@ cdef void *push_main(void *argument) noexcept nogil:
         wire_leave(w)
     if buffer != NULL:
         munmap(buffer, WIRE_BUFFER)
-    wire_codec_free(codec, True)
+    codec_free(codec, CODEC_ENCODES)
     wire_thread_ends(w)
     return NULL
 
@@ -255,7 +250,7 @@ cdef void *answer_main(void *argument) noexcept nogil:
     """Answers requests on the connection that they come by, past all that is pushed."""
     cdef Wire_t *w = <Wire_t *>argument
     cdef char *buffer = map_lazy(WIRE_BUFFER, PROT_READ | PROT_WRITE, -1)
-    cdef void *codec = wire_codec(True) if w.packs else NULL
+    cdef void *codec = codec_make(CODEC_ENCODES) if w.packs else NULL
     cdef uint32_t epoch = 0
     cdef int err
     while wire_enter(w, &epoch):
@@ -264,7 +259,7 @@ cdef void *answer_main(void *argument) noexcept nogil:
         wire_leave(w)
     if buffer != NULL:
         munmap(buffer, WIRE_BUFFER)
-    wire_codec_free(codec, True)
+    codec_free(codec, CODEC_ENCODES)
     wire_thread_ends(w)
     return NULL
 

@@ -173,7 +173,7 @@ cdef void *receive_ask_main(void *argument) noexcept nogil:
 cdef void *receive_all(Wire_t *w, bint asks) noexcept nogil:
     """A thread of the destination: it takes frames off one of the connections, whichever they are just now."""
     cdef char *buffer = map_lazy(WIRE_BUFFER, PROT_READ | PROT_WRITE, -1)
-    cdef void *codec = wire_codec(False) if w.packs else NULL
+    cdef void *codec = codec_make(CODEC_DECODES) if w.packs else NULL
     cdef uint32_t epoch = 0
     cdef int err
     while wire_enter(w, &epoch):
@@ -182,7 +182,7 @@ cdef void *receive_all(Wire_t *w, bint asks) noexcept nogil:
         wire_leave(w)
     if buffer != NULL:
         munmap(buffer, WIRE_BUFFER)
-    wire_codec_free(codec, False)
+    codec_free(codec, CODEC_DECODES)
     wire_thread_ends(w)
     return NULL
 
@@ -258,7 +258,7 @@ cdef int take_bytes(Wire_t *w, int fd, wire_head *h, uint64_t want, uint32_t epo
     cdef int err = wire_take(w, fd, to, h.nbytes, epoch, True)
     u64_add(&w.wired, h.nbytes)
     if err == 0 and h.kind == W_PACKED:
-        err = wire_unpack(codec, buffer, want, to, h.nbytes)
+        err = codec_unpack(codec, buffer, want, to, h.nbytes)
         h.kind = W_BLOCKS
         h.nbytes = <uint32_t>want
     if err == 0 and page_round(want) > want:

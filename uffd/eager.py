@@ -157,8 +157,7 @@ class EagerRegion(Region):
         self._leases, self._leaving, self._pid = 0, False, os.getpid()
         self._io = threading.RLock()             # one call of the source at a time
         self._unused_since_flush = False
-        self._tried: dict[str, int] = dict.fromkeys(
-            ("retries", "errors", "written_back", "bytes_written", "write_errors"), 0)
+        self._tried = dict.fromkeys(("retries", "errors", "written_back", "bytes_written", "write_errors"), 0)
         self._fill_times, self._write_times = [0] * _BUCKETS, [0] * _BUCKETS
         self._text: str | None = None            # the traceback of the last write that failed
         self._present: np.ndarray = np.zeros(0, bool)
@@ -351,12 +350,13 @@ class EagerRegion(Region):
 
     def stats(self) -> Stats:
         """What the provider took: blocks_prefetch, bytes_filled, retries, errors, and the latencies `fill`; of writes
-        written_back, bytes_written, write_errors, and the latencies `write`."""
+        written_back, bytes_written, bytes_stored, write_errors, and the latencies `write`."""
         self._check_open()
         return self._stats()
 
     def _stats(self) -> Stats:
-        return Stats(blocks_prefetch=self.block_count, bytes_filled=self.nbytes, **cast(Any, self._tried),
+        tried = {**self._tried, "bytes_stored": self._tried["bytes_written"]}
+        return Stats(blocks_prefetch=self.block_count, bytes_filled=self.nbytes, **cast(Any, tried),
                      fill=LatencyHistogram(tuple(self._fill_times)), write=LatencyHistogram(tuple(self._write_times)))
 
     def _stats_or_none(self) -> Stats | None:

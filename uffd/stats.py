@@ -52,6 +52,7 @@ class Stats:
     repaired: blocks of which the program had dropped pages. evicted: blocks that left memory. rescued: blocks that were
     touched while they waited, moved out but still in memory, for their second chance. written_back, bytes_written:
     blocks whose bytes a provider or a spill file took, and the user's bytes in them. write_errors: writes that failed.
+    bytes_stored: what those bytes took in their store: pages of the spill file where it is compressed, else as many.
     evict_waits: touches that found no room and had to wait for an eviction. evict_busy: blocks that could not be moved
     out (a device has them). recycled: blocks filled into the pages of others that had left. queue, fill, resolve,
     write: latencies from reading the fault to the begin of its fill, of the provider, of putting the pages in place, of
@@ -79,6 +80,7 @@ class Stats:
     evict_waits: int = 0
     evict_busy: int = 0
     recycled: int = 0
+    bytes_stored: int = 0
     queue: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(()))
     fill: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(()))
     resolve: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(()))

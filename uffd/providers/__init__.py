@@ -77,12 +77,24 @@ class Scratch(_NativeProvider):
     as what was written, gone with the region. What `uffd.zeros` and a Region without a provider use.
 
     Only blocks that must leave memory go there. Nothing of it outlives the process.
+
+    compress: "zstd" for the machine's libzstd (OSError without it), at its fastest level, with a checksum: a block that
+    gets smaller by a page or more (never one of a single page) takes as many pages less of the file, and reading it
+    costs the decoding. Data that does not get smaller is found out soon and stored as it is. `stats().bytes_written`
+    beside `bytes_stored` says what it gains.
     """
 
-    def __init__(self) -> None:
-        self.title = "Scratch()"
-        self._recipe = ((), {})
-        self._made = _core.Filler.zero()
+    causes = {errno.EBADMSG: "the bytes in the file are not those that were written to it: the disk or its file system "
+                             "is damaged"}
+
+    def __init__(self, compress: str | None = None) -> None:
+        if compress not in (None, "zstd"):
+            raise ValueError(f"compress must be None or 'zstd', not {compress!r}")
+        if compress and _no_core is None:
+            _core.load_codec()
+        self.title = f"Scratch(compress={compress!r})" if compress else "Scratch()"
+        self._recipe = ((), {"compress": compress})
+        self._made = _core.Filler.zero(bool(compress))
 
 
 class Memory(_NativeProvider):
