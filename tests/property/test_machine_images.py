@@ -23,7 +23,7 @@ SIZE = 4 * PAGE                 # of a block
 BLOCKS = 40
 NAMES = ("ours", "plain", "small")
 LONG = stress_seconds() > 10
-SETTINGS = settings(max_examples=60 if LONG else 6, stateful_step_count=60 if LONG else 40, deadline=None,
+SETTINGS = settings(max_examples=100 if LONG else 20, stateful_step_count=60 if LONG else 40, deadline=None,
                     derandomize=not LONG, database=None, print_blob=True,
                     phases=(Phase.generate, Phase.shrink) if LONG else (Phase.generate,),
                     suppress_health_check=list(HealthCheck))
@@ -42,6 +42,8 @@ class Machine(RuleBasedStateMachine):
         self.path = self.folder.enter_context(tempfile.TemporaryDirectory())
         self.engine = uffd.Engine(workers=2)
         self.engine.budget_bytes = uffd._core.least_budget(self.engine._threads) + blocks * SIZE
+        self.other = uffd.Engine(workers=1)             # of what is opened again
+        self.other.budget_bytes = uffd._core.least_budget(self.other._threads, 65536) + 8 * 65536
         provider = uffd.providers.Memory(pattern(0, BLOCKS * SIZE))
         self.region = uffd.Region(None, provider, mode="c", engine=self.engine, block_bytes=SIZE, **self.where.options)
         self.memory = mmap.mmap(-1, 300 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -115,11 +117,20 @@ class Machine(RuleBasedStateMachine):
         return {"protect": protect, "fork": fork, "auto": protect or fork}[method]
 
     @precondition(lambda self: len(self.images) < 12)
-    @rule(method=st.sampled_from(["auto", "protect", "fork"]), base=st.sampled_from(["none", "first", "last", "path"]),
+    @rule(method=st.sampled_from(["auto", "protect", "fork"]), base=st.sampled_from(["none", "none", "path"]),
           name=names, at=fraction, value=st.integers(1, 255))
+    def single(self, method, base, name, at, value):
+        self.take(method, base, name, at, value)
+
+    @precondition(lambda self: len(self.images) < 12)
+    @rule(method=st.sampled_from(["auto", "auto", "protect", "fork"]), base=st.sampled_from(["first", "last", "last"]),
+          name=names, at=fraction, value=st.integers(1, 255))
+    def series(self, method, base, name, at, value):
+        self.take(method, base, name, at, value)
+
     def take(self, method, base, name, at, value):
         base = {"none": None, "first": snapshot.FIRST, "last": self.last,
-                "path": self.images[-1][0] if self.images else None}[base]
+                "path": self.images[-1][0] if self.images else snapshot.FIRST}[base]
         path = os.path.join(self.path, str(len(self.images)))
         right = {key: array.copy() for key, array in self.arrays.items()}
         try:
@@ -137,7 +148,7 @@ class Machine(RuleBasedStateMachine):
 
     def opened(self, n, lazy):
         path, right = self.images[n]
-        found = snapshot.load(path, lazy=lazy, **({"engine": self.engine} if lazy else {}))
+        found = snapshot.load(path, lazy=lazy, **({"engine": self.other} if lazy else {}))
         assert list(found) == list(right)
         for name, array in right.items():
             np.testing.assert_array_equal(found[name], array)
@@ -169,6 +180,7 @@ class Machine(RuleBasedStateMachine):
         gc.collect()
         self.region.close()
         self.engine.__exit__(None, None, None)
+        self.other.__exit__(None, None, None)
         self.folder.close()
 
 
