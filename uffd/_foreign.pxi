@@ -17,10 +17,10 @@
 #
 # Memory that is mapped from a file or shared is armed whole, since a read maps its pages unprotected.
 #
-# Synchronous (`lift_fd`): a first write is a fault, and a thread of ours (`uffd-track`) lifts the page's protection. That
-# is all it does: which pages have lost their mark stands in /proc/self/pagemap, and who asks reads it there, marks those
-# pages and protects them again, in this order. So all memory is armed whole. The thread takes no lock and touches no
-# memory but its own, for whoever waits for it may hold any lock.
+# Synchronous (`lift_fd`): a first write is a fault, and a thread of ours (`uffd-track`) lifts the page's protection,
+# and does nothing else: which pages have lost their mark stands in /proc/self/pagemap. Who asks reads it there, marks
+# those pages and protects them again, in this order. So all memory is armed whole. The thread takes no lock and touches
+# no memory but its own, for whoever waits for it may hold any lock.
 #
 # All else is under foreign_lock, whose holder touches nothing that could wait for anybody but that thread.
 
@@ -46,8 +46,8 @@ cdef pthread_mutex_t foreign_lock
 
 
 cdef int foreign_open() noexcept nogil:
-    """The process's userfaultfd for this, and its pagemap. 0 or -errno: ENOTSUP before Linux 5.18; EPERM where faults of
-    the kernel's own are not served, and it would have to be synchronous."""
+    """The process's userfaultfd for this, and its pagemap. 0 or -errno: ENOTSUP before Linux 5.18; EPERM where faults
+    of the kernel's own are not served, and it would have to be synchronous."""
     global foreign_fd, pagemap_fd
     cdef uint64_t want = UF_FEATURE_WP, ioctls = 0
     cdef int err
