@@ -200,7 +200,7 @@ cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, char *buffer, void
             err = take_blocks(w, fd, &head, epoch, buffer, asks, codec)
             if err == 0 and not asks:
                 w.handed += 1
-                if w.handed & 3 == 0 or wire_ready(fd, <short>POLLIN, 0) != 0:
+                if head.extra or w.handed & 3 == 0 or wire_ready(fd, <short>POLLIN, 0) != 0:
                     err = frames_placed(w, fd)
     return err
 
