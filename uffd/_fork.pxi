@@ -58,6 +58,7 @@ cdef void fork_child() noexcept nogil:
     foreign_fork_child()
     memset(stripe, 0, sizeof(stripe))
     bus_after_fork()
+    u32_store(&waiting_engines, 0)
     while e != NULL:
         child_engine(e)
         e = e.next
@@ -94,6 +95,7 @@ cdef void child_engine(Engine_t *e) noexcept nogil:
     e.busy = 0
     e.alive = 0
     e.keepers = 0
+    e.waiting = False
     e.dying = NULL
     e.stalled_ns = 0
     e.placing = 0

@@ -92,6 +92,7 @@ cdef struct Ask:                    # a block that somebody waits for, and since
     uint64_t key
     uint64_t since_ns
     uint32_t tid                    # the thread that touched it first
+    uint32_t touched                # a thread waits in a touch of it, and not in a call
 
 cdef struct Waiter:                 # a thread of the destination's program: how long it waited in all
     uint32_t tid
@@ -131,6 +132,9 @@ cdef struct Wire_t:
     int32_t last_error              # of the connection
     uint32_t told                   # the user was told of the pause
     # destination
+    Wire_t *next                    # of those that bring something to this process; under registry_lock
+    Engine_t *engine                # of its regions
+    uint64_t said_ns                # when its keeper last told the user that a touch waits
     char name[32]                   # of the migration
     int gate_fd                     # where new connections come from, after a break; not ours
     uint64_t left                   # blocks that have yet to come
@@ -182,6 +186,9 @@ cdef struct Wire_t:
     uint64_t resumed_ns             # destination: may run. Source: it was heard of
     uint64_t moments
     Moment moment[WIRE_EVENTS]
+
+
+cdef Wire_t *wires = NULL           # under registry_lock
 
 
 # ---- states and connections ---------------------------------------------------------------------------------------
