@@ -407,6 +407,7 @@ cdef struct Engine_t:
     uint32_t jobs_waiting       # jobs with pieces to hand out, [populate] + [prefetch]
     int keeper_fd
     uint32_t keeper_alert
+    bint waiting                # a touch has waited for long. The keeper's own
     uint32_t follow             # workers are armed by where faults come from
     uint32_t regions            # under registry_lock
     Region_t *dying             # closed, but still in somebody's hands: the keeper's list, under registry_lock

@@ -45,6 +45,7 @@ cdef void fork_child() noexcept nogil:
     memset(stripe, 0, sizeof(stripe))
     unpackers_forked()
     bus_after_fork()
+    u32_store(&waiting_engines, 0)
     while e != NULL:
         child_engine(e)
         e = e.next
@@ -82,6 +83,7 @@ cdef void child_engine(Engine_t *e) noexcept nogil:
     e.busy = 0
     e.alive = 0
     e.keepers = 0
+    e.waiting = False
     e.dying = NULL
     e.stalled_ns = 0
     e.placing = 0
