@@ -124,6 +124,7 @@ PROGRAMS = {
     ],
     "docs/externalization.md": [
         Program("True True True\n"),
+        Program("True\n"),
         Program("r\\+ 80 blocks are dirty\n0 560.0\n"),
         Program("True 1.0\n0.0\nTrue 819200.0\n4096000.0\n"),
         Program("1000000.0 True 1000000.0\n"),
