@@ -372,8 +372,8 @@ def leaves():
 
 
 def test_what_a_child_may_read_stays_until_the_last_child_of_it_ends(where):
-    """Goal: blocks of shared memory that were dirty at a fork leave the parent's memory when nobody reads them any more,
-    and not before; all of them read right. Method: the child dies at once, a child of its own reads after that."""
+    """Goal: blocks of shared memory that were dirty at a fork leave the parent's memory when nobody reads them any
+    more, and not before; all of them read right. Method: the child dies at once, a child of its own reads after it."""
     if where.backing != "shared" or matrix.filled_whole():
         pytest.skip("private memory is the kernel's matter")
     run_script(KEPT + """

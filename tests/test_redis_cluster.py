@@ -233,9 +233,9 @@ def test_what_was_flushed_survives_a_master(own_cluster, opened):
 
 @pytest.mark.deadline(120)
 def test_a_flush_waits_for_the_namespace_itself(own_cluster, opened):
-    """Goal: what a namespace is made of is on each shard's replica, too, when the first flush returns: else a failover of
-    a shard that has none of the blocks would take the namespace away. Method: one block is written, and a replica of
-    another shard stands still."""
+    """Goal: what a namespace is made of is on each shard's replica, too, when the first flush returns: else a failover
+    of a shard that has none of the blocks would take the namespace away. Method: one block is written, and a replica
+    of another shard stands still."""
     provider = opened(own_cluster.url, durable="wait", timeout_s=4.0)
     provider.write(0, some_bytes(SMALL))
     ours = master_of(own_cluster, Keys("space").index(group_of(0)))
