@@ -1,9 +1,6 @@
 """Providers in Python, beside native ones that do the same, and beside what a user would do without uffd."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +11,7 @@ import hosted_providers
 import native
 import numpy as np
 import pytest
+import webserver
 from bench_stream import timed
 from harness import MIB, SCALE, Side, compare, note, record, scaled, summary
 
@@ -26,13 +24,6 @@ ZLIB_BLOCKS = max(int(400 * SCALE), 32)
 ZARR_SIDE, CHUNK_SIDE = 8192, 512
 ROW_ITEMS, PICKED = 1024, 10_000
 ROWS = max(int(65536 * SCALE), 4096)
-SERVER = """
-import sys
-from aiohttp import web
-app = web.Application()
-app.router.add_static("/", sys.argv[1])
-runner = web.run_app(app, host="127.0.0.1", port=int(sys.argv[2]), print=None, access_log=None)
-"""
 
 
 def touching(make_provider: Callable[[], Any], engine: Any, **options: Any) -> Side:
@@ -159,13 +150,12 @@ def test_http_rows(benchmark: Any, engine: Any, tmp_path: Path) -> None:
     values = np.random.default_rng(6).random((ROWS, ROW_ITEMS), dtype=np.float32)
     values.tofile(tmp_path / "rows.bin")
     chosen = np.random.default_rng(7).integers(0, ROWS, min(PICKED, ROWS))
-    port = 20000 + os.getpid() % 20000
-    server = subprocess.Popen([sys.executable, "-P", "-c", SERVER, str(tmp_path), str(port)])
+    (tmp_path / "server").mkdir()
 
     def rows(prefetch: bool) -> Side:
         @contextmanager
         def side() -> Iterator[Callable[[], float]]:
-            provider = uffd.providers.Fsspec(f"http://127.0.0.1:{port}/rows.bin")
+            provider = uffd.providers.Fsspec(f"{url}/rows.bin")
             with uffd.Region(nbytes, provider, engine=engine) as region:
                 array = region.array("f4", values.shape)
                 array[0, 0]
@@ -182,10 +172,7 @@ def test_http_rows(benchmark: Any, engine: Any, tmp_path: Path) -> None:
                 array = None                          # `work` still names it
         return side
 
-    try:
-        time.sleep(1.0)                     # until it listens
+    with webserver.serving(tmp_path, tmp_path / "server") as (url, server):
+        note(benchmark, "server", server)
         compare(benchmark, "hosted-http", rows(True), {"without prefetch": rows(False)}, warm_nbytes=2 * nbytes,
                 rounds=5)
-    finally:
-        server.terminate()
-        server.wait()

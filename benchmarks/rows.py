@@ -102,18 +102,6 @@ ROWS = (
     Row("migrate-local", "4 GiB in a region with shared backing to another process by its descriptor, in all", "ms",
         "number", 20.0, True),
     Row("migrate-recover", "recover() after a cut, the hellos among it (median)", "ms", "number", 10.0, True),
-    Row("snapshot-pause-small", "pause of an image, 4 KiB pages", "ms", "time", 1.0, True, "fork()"),
-    Row("snapshot-pause-huge", "pause of an image, transparent huge pages", "ms", "time", 0.1, True, "fork()"),
-    Row("snapshot-writer-small", "two dense writers while an image is taken, 4 KiB pages", "s/GiB", "rate", 1.3, False,
-        "beside a forked child that writes it"),
-    Row("snapshot-writer-huge", "the same, transparent huge pages", "s/GiB", "rate", 1.3, False,
-        "beside a forked child that writes it"),
-    Row("snapshot-next-pause", "next image of a series, 1 % written since: pause / that of the first", "x", "number",
-        0.1, True),
-    Row("snapshot-next-time", "the same: time, of the first one's", "%", "number", 5.0, True),
-    Row("snapshot-next-bytes", "the same: bytes, of the first one's", "%", "number", 5.0, True),
-    Row("snapshot-restart", "restart from a cold image, with a stored working set: time to the first result", "s",
-        "rate", 2.0, False, "the same without it"),
     Row("track-1", "tracker.written() of 1 GiB, 1 % written, 4 KiB pages", "ms", "time", 1.3, True, PAGEMAP_SCAN),
     Row("track-100", "the same, all of it written", "ms", "time", 1.3, True, PAGEMAP_SCAN),
     Row("image-protect-small", "pause of the first image of 1 GiB, 4 KiB pages", "ms", "time", 1.5, True, PROTECT),
@@ -137,3 +125,4 @@ ROWS = (
         True),
 )
 BY_KEY = {row.key: row for row in ROWS}
+assert len(BY_KEY) == len(ROWS), "two rows of one key"

@@ -2,7 +2,7 @@
 
 import pytest
 import uffd
-from support import matrix
+from support import matrix, shim
 from support.scripts import run_script
 
 PAGE = uffd._core.PAGE_BYTES
@@ -25,6 +25,30 @@ right = pattern(0, 64 * BLOCK).copy()
 right[7 * BLOCK] = a[7 * BLOCK]
 assert (a == right).all()
 """, where=where).check()
+
+
+def test_fork_while_spilled_blocks_come_back(where):
+    """Goal: blocks that are being read from the spill file at the fork are right in the child, too: its bytes, not the
+    provider's. Method: the parent's reads of the file fail, and are tried again, until the child has looked."""
+    run_script("""
+from support import shim
+r = region(64 * BLOCK, retries=1000, timeout_s=30)
+a = r.array()
+a[:] = pattern(0, 64 * BLOCK)
+assert r.evict() == 64 * BLOCK
+rule = shim.Rule("pread", 1, -1, errno.EIO)
+filling = threading.Thread(target=r.populate, args=((0, 8 * BLOCK),), daemon=True)
+filling.start()
+wait_until(lambda: rule.fired > 4, "nothing is read")
+def child():
+    shim.clear()
+    assert checked(r.address, 0, 64 * BLOCK) is None
+code = in_child(child)
+shim.clear()
+filling.join()
+assert code == 0
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where, preload=shim.path()).check()
 
 
 def test_child_without_privilege(where):

@@ -171,6 +171,27 @@ def test_neighbours_come_together(make, tmp_path):
     assert region.resident()[::3].all()
 
 
+def test_who_waits_does_not_wait_for_what_nobody_waits_for(make, tmp_path):
+    """Goal: a block that is asked for is not read together with those of a prefetch. Method: they queue up behind a
+    request that is held; in which order they are taken then does not matter."""
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    region = make(400 * BLOCK, hosted.Waits(None, str(log), str(gate)), block_bytes=BLOCK, readahead_bytes=0)
+    jobs = [region.prefetch((0, BLOCK))]
+    wait_until(lambda: "asked 0" in lines(log), "the first is not read", 20)
+    jobs += [region.prefetch((block * BLOCK, (block + 1) * BLOCK)) for block in range(100, 110, 2)]
+    time.sleep(0.2)
+    waiting = threading.Thread(target=region.populate, args=((300 * BLOCK, 301 * BLOCK),))
+    waiting.start()
+    time.sleep(0.2)
+    gate.touch()
+    waiting.join()
+    for job in jobs:
+        job.wait(30)
+    asked = [line.split()[1:] for line in lines(log) if line.startswith("asked")]
+    assert ["300"] in asked, asked
+    assert sorted(int(block) for batch in asked for block in batch) == [0, *range(100, 110, 2), 300], asked
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_concurrency_is_kept_to(make, tmp_path, limit):
     """Goal: no more calls of one provider at once than it allows, and as many as it allows."""

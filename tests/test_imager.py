@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import uffd
-from support import matrix
+from support import matrix, shim
 from support.pattern import pattern
 from support.scripts import run_script
 
@@ -352,6 +352,95 @@ def test_memory_that_went_during_an_image_is_tracking_lost(tmp_path):
         following.core.wait(10)
     following.close()
     libc.munmap(address, 1 << 20)
+
+
+DROPPED = """
+import itertools
+from support import shim
+MIB = 1 << 20
+kind, lacking, again = sys.argv[1], sys.argv[2:], False
+uffd._core.mode()
+uffd._core.mask(sum(uffd._core.FEATURES[name] for name in lacking))
+if kind == "shared":
+    memory = mmap.mmap(-1, 16 * MIB)
+else:
+    memory = mmap.mmap(-1, 16 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if kind == "huge" else mmap.MADV_NOHUGEPAGE)
+array = np.frombuffer(memory, np.uint8)
+aligned = -array.ctypes.data % (2 * MIB) + 4 * MIB
+file = tempfile.TemporaryFile()
+os.truncate(file.fileno(), 16 * MIB)
+
+def drop(start, stop):
+    memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    if again:
+        array[start:stop] = 9
+
+def imager(**options):
+    return uffd._core.Imager([(array, 0)], file.fileno(), memory_limit_bytes=8 * MIB, **options)
+
+def lost(image):
+    try:
+        assert image.wait(20)
+    except uffd.SnapshotError as error:
+        assert "tracking lost" in str(error) and "dropped" in str(error), error
+        return True
+    return False
+
+pieces = ((aligned, aligned + 2 * MIB), (aligned + 5 * PAGE, aligned + 6 * PAGE), (16 * MIB - PAGE, 16 * MIB))
+for (start, stop), again in itertools.product(pieces, (False, True)):
+    array[:] = 7
+    image = imager()
+    shim.Rule("pwrite", 1, -1, errno.EINTR)         # the streamer goes round in its first write
+    image.start()
+    drop(start, stop)
+    shim.clear()
+    if kind == "shared":                            # its pages are in the file still
+        assert not lost(image)
+        file.seek(0)
+        assert file.read() == bytes([7]) * (16 * MIB)
+    else:
+        assert lost(image), (start, stop)
+    image.close()
+array[:] = 7
+image = imager()
+image.start()
+assert not lost(image)
+drop(0, 16 * MIB)                                   # afterwards it may go
+file.seek(0)
+assert file.read() == bytes([7]) * (16 * MIB)
+image.close()
+
+array[:] = 7                                        # a series: what was dropped since is in the next one
+image = imager(keep=True)
+image.start()
+assert not lost(image)
+drop(aligned, aligned + PAGE)
+right = array.copy()
+following = imager(keep=True, previous=image)
+following.start()
+assert not lost(following)
+assert kind == "shared" or [run for run in following.written_runs() if run[1] <= aligned < run[2]]
+file.seek(0)
+assert (np.frombuffer(file.read(), np.uint8) == right).all()
+last = imager(keep=True, previous=following)
+last.start()
+assert not lost(last) and not last.written_runs()
+last.close()
+"""
+
+
+KERNELS = {"this kernel": [], "no PAGEMAP_SCAN": ["WP_ASYNC"], "no marks in holes": ["WP_ASYNC", "WP_UNPOPULATED"]}
+
+
+@pytest.mark.parametrize("lacking", KERNELS)
+@pytest.mark.parametrize("kind", ["small", "huge", "shared"])
+def test_memory_that_was_dropped_before_it_was_saved_is_never_zeros(kind, lacking):
+    """Goal: pages that the program gave back after the instant, written anew or not, end the image by name. Method: the
+    streamer is held in its first write meanwhile."""
+    if kind == "shared" and matrix.missing_feature("WP_HUGETLBFS_SHMEM"):
+        pytest.skip("the kernel does not protect shared memory")
+    run_script(DROPPED, argv=[kind, *KERNELS[lacking]], preload=shim.path()).check()
 
 
 HEAP = """

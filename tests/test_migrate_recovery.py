@@ -57,6 +57,40 @@ assert ended(pid) == 0
     assert result.stderr.count("have yet to come, and touches of them wait") == 5
 
 
+def test_a_long_wait_is_told_and_ctrl_c_twice_ends_it():
+    """Goal: a touch that waits for a paused migration is told of on stderr, and Ctrl-C twice gets the program out of it,
+    as of other waits. Method: the destination's stderr is a pipe; once the line is there, Ctrl-C until it has ended."""
+    script("""
+def destination(incoming):
+    os.dup2(tell, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    arrival = incoming.accept(20)
+    status_is(arrival, "PAUSED")
+    arrival.arrays["0"][5 * 8192]
+    os.write(2, b"it went on")
+told, tell = os.pipe()
+pid, url = start(destination)
+os.close(tell)
+outgoing = migrate.connect(url, [filled(1 << 20)], postcopy_bytes_per_s=1000)
+outgoing.switchover()
+outgoing.pause()
+text = b""
+while b"(Ctrl-C twice gives up)" not in text:
+    piece = os.read(told, 4096)
+    assert piece, text
+    text += piece
+assert b"block at offset 327680 (65536 bytes) waited for since 2 s, from the source of its migration, the" in text, text
+while not (found := os.waitpid(pid, os.WNOHANG))[0]:    # this script's own deadline bounds it
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.3)
+text = os.read(told, 4096)
+assert os.WIFSIGNALED(found[1]) and os.WTERMSIG(found[1]) == signal.SIGINT, (found, text)
+assert b"interrupted twice" in text
+outgoing.close()
+assert outgoing.status == "FAILED"
+""")
+
+
 def test_broken_before_the_hand_over():
     """Goal: in precopy, a break lets the source's program write on; recovered, what was written meanwhile arrives."""
     script("""

@@ -135,6 +135,13 @@ def test_a_public_method_says_what_it_does(owner):
     assert [name for name, member in members.items() if not inspect.getdoc(member)] == []
 
 
+@pytest.mark.parametrize("name", ["Engine", "Region"])
+def test_help_shows_what_a_class_takes(name):
+    """Goal: editors and help() list the arguments, which __new__, that only chooses a class, would hide."""
+    made = getattr(uffd, name)
+    assert list(inspect.signature(made).parameters) == list(inspect.signature(made.__init__).parameters)[1:]
+
+
 def test_every_error_is_of_one_family():
     for name in ("Unavailable", "ProviderError", "RegionClosed", "MigrationError", "SnapshotError"):
         assert issubclass(getattr(uffd, name), uffd.UffdError)

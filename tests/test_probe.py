@@ -294,13 +294,31 @@ def test_a_seccomp_profile_gets_the_call_and_keeps_all_else(tmp_path):
     assert [entry["names"] for entry in made["syscalls"]] == [["read", "write"], ["vm86"], ["userfaultfd"]]
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"defaultAction": "x"}'])
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"defaultAction": "x"}',
+                                  '{"defaultAction": "x", "syscalls": [3]}'])
 def test_what_is_no_profile_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "base.json").write_text(text)
     done = run_uffd("probe", "--seccomp-profile", str(tmp_path / "base.json"))
     assert done.returncode == 1
     assert done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "base.json" in line and "Docker's default" in line
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    ((), ["probe", "pack", "snapshot", "migrate", "demo"]),
+    (("store",), ["ls", "rm"]),
+    (("snapshot",), ["info", "verify", "export", "diff"]),
+    (("migrate", "away"), ["demo"]),
+    (("top", "--now", "x"), ["PATH", "--interval"]),
+    (("migrate", "demo", "--mib", "much"), ["--mib", "--seconds"]),
+], ids=" ".join)
+def test_wrong_usage_is_answered_by_all_there_is(words, named):
+    """Goal: who mistypes a command sees what it takes, and exit code 2."""
+    done = run_uffd(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert [name for name in named if name not in done.stderr] == []
 
 
 def test_the_pod_is_what_kubernetes_takes():

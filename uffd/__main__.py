@@ -21,8 +21,21 @@ def main(argv: list[str] | None = None) -> int:
     return _guarded(options.run, options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is answered by the whole help of the command, which names all there is; subcommands inherit it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.format_help()}\n{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:  # else a subcommand's would be told by the help of `uffd` itself
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="uffd", description="Memory externalization for Python on Linux userfaultfd.")
+    parser = _Parser(prog="uffd", description="Memory externalization for Python on Linux userfaultfd.")
     parser.add_argument("--version", action="version", version=f"uffd {uffd.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -118,7 +131,12 @@ def _probe(options: argparse.Namespace) -> int:
     if options.seccomp_profile:
         from ._cures import seccomp_profile
 
-        print(json.dumps(seccomp_profile(json.loads(options.seccomp_profile.read_text())), indent=2))
+        try:
+            profile = seccomp_profile(json.loads(options.seccomp_profile.read_text()))
+        except ValueError as error:  # what JSON is not, too
+            raise ValueError(f"{options.seccomp_profile}: {error}; give the profile that your container engine uses, a "
+                             "JSON file (Docker's default is profiles/seccomp/default.json of its sources)") from None
+        print(json.dumps(profile, indent=2))
         return 0
     found = uffd.probe(self_test=not options.no_self_test)
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)
@@ -173,6 +191,8 @@ def _migrate_demo(options: argparse.Namespace) -> int:
 
     if not (1 <= options.mib <= 1 << 20 and options.mb_per_s >= 0 and 0 < options.seconds <= 60):
         raise ValueError("--mib takes 1 or more, --mb-per-s 0 or more, --seconds more than 0 and at most 60")
+    if not options.no_png and not options.png.absolute().parent.is_dir():
+        raise ValueError(f"--png: there is no folder {options.png.absolute().parent}; name another, or say --no-png")
     return _demo.main(options.mib << 20, options.mb_per_s * 1e6, options.seconds,
                       None if options.no_png else options.png, options.json)
 

@@ -148,12 +148,13 @@ def _kernel(machine: Machine, mode: str, features: dict[str, bool]) -> list[str]
 
 def seccomp_profile(base: dict) -> dict:
     """A container engine's whole profile with userfaultfd allowed: `base` and cures/seccomp-userfaultfd.json."""
-    if not isinstance(base, dict) or not isinstance(base.get("syscalls"), list) or "defaultAction" not in base:
-        raise ValueError("not a seccomp profile: it has no 'defaultAction' and list of 'syscalls'")
+    entries = base.get("syscalls") if isinstance(base, dict) and "defaultAction" in base else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("not a seccomp profile: it lacks 'defaultAction', or a list 'syscalls' of objects")
     ours = json.loads((FOLDER / "seccomp-userfaultfd.json").read_text())["syscalls"]
     allowed = {name for entry in ours for name in entry["names"]}
     kept = []
-    for entry in base["syscalls"]:
+    for entry in entries:
         names = [name for name in entry.get("names", [entry.get("name")]) if name and name not in allowed]
         if names:  # two entries for one call would contradict each other
             kept.append({**{key: value for key, value in entry.items() if key != "name"}, "names": names})

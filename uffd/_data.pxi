@@ -236,6 +236,7 @@ cdef struct Region_t:
     uint32_t syncing            # one at a time, by CAS
     int32_t sync_lost           # a sync failed after blocks had left memory that it was for; which ones: LOST
     uint32_t unsynced           # the provider acknowledged writes that were not made durable yet
+    uint64_t stored_ns          # when a provider in Python acknowledged its latest write; 0: none
     BlockError write_error[ERRORS]  # of blocks whose write failed, by number modulo ERRORS
     Region_t *next_dying
     Part_t *part                # a migration brings it (destination), or sends it (source); NULL
@@ -289,6 +290,7 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     Job_t *job                    # whose piece the run is, or NULL
     Carrier *carrier            # of a slot that belongs to a request, else NULL
     const char *offered         # the run's bytes, which its provider offered unasked; else NULL
+    uint32_t refused            # not to be taken: the block has others
     uint32_t no_room            # begin_run got nothing because the budget has no room
     uint32_t recycled           # the run's buffer: this many slots of the pool, from recycled_at on
     uint32_t recycled_at
@@ -405,6 +407,7 @@ cdef struct Engine_t:
     uint32_t jobs_waiting       # jobs with pieces to hand out, [populate] + [prefetch]
     int keeper_fd
     uint32_t keeper_alert
+    bint waiting                # a touch has waited for long. The keeper's own
     uint32_t follow             # workers are armed by where faults come from
     uint32_t regions            # under registry_lock
     Region_t *dying             # closed, but still in somebody's hands: the keeper's list, under registry_lock

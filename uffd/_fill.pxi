@@ -40,6 +40,12 @@ cdef inline bint is_shared(Region_t *r) noexcept nogil:
     return r.memfd >= 0 and not r.in_child
 
 
+cdef inline bint lies_elsewhere(Region_t *r, uint64_t b) noexcept nogil:
+    """Whether a missing block's bytes are no more the provider's: in the spill file, or with the parent."""
+    cdef uint32_t word = u32_load(&r.state[b])
+    return word & SPILLED != 0 or r.in_child and word & FROM_PARENT != 0
+
+
 cdef inline uint64_t run_bytes(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
     """Bytes of blocks [b, b+n) that are the user's."""
     cdef uint64_t start = b << r.shift, end = (b + n) << r.shift
@@ -342,12 +348,12 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
         source[0] = target
         return 0
     if s.offered != NULL:
-        return obtain_hosted(s, r, offset, nbytes, source)
+        return -ESTALE if s.refused else obtain_hosted(s, r, offset, nbytes, source)
     if wire_pending(r, offset >> r.shift):
         return wire_error(r, offset >> r.shift)
     if u32_load(&r.state[offset >> r.shift]) & SPILLED:
         return spill_read(s, r, offset, nbytes, source)
-    if r.in_child and u32_load(&r.state[offset >> r.shift]) & FROM_PARENT:
+    if lies_elsewhere(r, offset >> r.shift):
         source[0] = r.alias + offset        # dirty in the parent when it forked
         return parent_lacks(r, offset, span)
     if r.fill.kind == FILL_DIRECT and not r.minor and nbytes == span and not r.nested and not s.recycled:

@@ -1,7 +1,7 @@
 # Which pages of memory that is not ours were written: the kernel's asynchronous write protection (WP_ASYNC and
-# PAGEMAP_SCAN, Linux 6.7), without a fault that anybody serves.
+# PAGEMAP_SCAN, Linux 6.7), without a fault that anybody serves; before 6.7 synchronous write protection.
 #
-# Uses:     bits_* of _track.pxi, uf_* and pm_scan of _sys.h
+# Uses:     bits_* of _track.pxi, uf_* and pm_* of _sys.h; thread_spawn of _life.pxi
 # Provides: foreign_begin(start, end, filed, &f), foreign_take(f, reset, out), foreign_end(f): as watch_* of _track.pxi,
 #           for a page-aligned range of addresses; foreign_fork_* (hooks of fork)
 #
@@ -16,7 +16,13 @@
 #               dropped.
 #
 # Memory that is mapped from a file or shared is armed whole, since a read maps its pages unprotected.
-# All of it under foreign_lock, which nobody holds while touching memory that could fault.
+#
+# Synchronous (`lift_fd`): a first write is a fault, and a thread of ours (`uffd-track`) lifts the page's protection,
+# and does nothing else: which pages have lost their mark stands in /proc/self/pagemap. Who asks reads it there, marks
+# those pages and protects them again, in this order. So all memory is armed whole. The thread takes no lock and touches
+# no memory but its own, for whoever waits for it may hold any lock.
+#
+# All else is under foreign_lock, whose holder touches nothing that could wait for anybody but that thread.
 
 cdef enum:
     SCAN_RUNS = 512
@@ -31,16 +37,19 @@ cdef struct Foreign_t:
     bint filed                  # mapped from a file, or shared
     int32_t lost                # -errno of what ended it: the memory is not what it was
 
-cdef Foreign_t *foreign_all = NULL          # these four under foreign_lock
+cdef Foreign_t *foreign_all = NULL          # these six under foreign_lock
 cdef int foreign_fd = -1
 cdef int pagemap_fd = -1
+cdef int lift_fd = -1                       # synchronous: what ends its thread
+cdef uint32_t lifting = 0                   # futex: 1 while there is that thread
 cdef pthread_mutex_t foreign_lock
 
 
 cdef int foreign_open() noexcept nogil:
-    """The process's asynchronous userfaultfd and its pagemap. 0 or -errno: ENOTSUP before Linux 6.7."""
+    """The process's userfaultfd for this, and its pagemap. 0 or -errno: ENOTSUP before Linux 5.18; EPERM where faults
+    of the kernel's own are not served, and it would have to be synchronous."""
     global foreign_fd, pagemap_fd
-    cdef uint64_t want = UF_FEATURE_WP_ASYNC | UF_FEATURE_WP, ioctls = 0
+    cdef uint64_t want = UF_FEATURE_WP, ioctls = 0
     cdef int err
     if foreign_fd >= 0:
         return 0
@@ -48,8 +57,14 @@ cdef int foreign_open() noexcept nogil:
         err = uffd_discover()
         if err != 0:
             return err
-    if not has(UF_FEATURE_WP_ASYNC):
-        return -ENOTSUP
+    if has(UF_FEATURE_WP_ASYNC):
+        want |= UF_FEATURE_WP_ASYNC
+    elif not has(UF_FEATURE_EXACT_ADDRESS) or not has(UF_FEATURE_WP):
+        return -ENOTSUP                     # 5.18: pagemap tells marks (5.13), and MADV_POPULATE_READ (5.14) is there
+    elif known_way == UF_WAY_USER:
+        return -EPERM
+    elif has(UF_FEATURE_WP_UNPOPULATED):
+        want |= UF_FEATURE_WP_UNPOPULATED
     if has(UF_FEATURE_WP_HUGETLBFS_SHMEM):
         want |= UF_FEATURE_WP_HUGETLBFS_SHMEM
     if pagemap_fd < 0:
@@ -58,19 +73,77 @@ cdef int foreign_open() noexcept nogil:
             return pagemap_fd
     foreign_fd = uf_open(known_way)
     err = foreign_fd if foreign_fd < 0 else uf_api(foreign_fd, &want, &ioctls)
+    if err == 0 and not has(UF_FEATURE_WP_ASYNC):
+        err = lift_begin()
     if err != 0:
         foreign_shut()
     return err
 
 
 cdef void foreign_shut() noexcept nogil:
-    global foreign_fd, pagemap_fd
+    """Nothing is registered any more, so nobody waits for the thread."""
+    global foreign_fd, pagemap_fd, lift_fd
+    if lift_fd >= 0:
+        eventfd_raise(lift_fd)
+    while u32_load(&lifting):
+        futex_wait(&lifting, 1, SLICE_NS)
+    if lift_fd >= 0:
+        close(lift_fd)
     if foreign_fd >= 0:
         close(foreign_fd)
     if pagemap_fd >= 0:
         close(pagemap_fd)
-    foreign_fd = -1
-    pagemap_fd = -1
+    lift_fd = foreign_fd = pagemap_fd = -1
+
+
+cdef int lift_begin() noexcept nogil:
+    """The thread is there before anything is protected: to start one, the C library allocates."""
+    global lift_fd
+    cdef int err
+    lift_fd = sys_eventfd()
+    if lift_fd < 0:
+        return lift_fd
+    u32_store(&lifting, 1)
+    err = thread_spawn(&lift_main, NULL, b"uffd-track", -1)
+    if err != 0:
+        u32_store(&lifting, 0)
+    return err
+
+
+cdef void *lift_main(void *unused) noexcept nogil:
+    cdef uf_msg message[BATCH]
+    cdef pollfd wait_for[2]
+    cdef int i, n
+    wait_for[0].fd = foreign_fd
+    wait_for[0].events = POLLIN
+    wait_for[1].fd = lift_fd
+    wait_for[1].events = POLLIN
+    wait_for[1].revents = 0
+    while not wait_for[1].revents:
+        poll(wait_for, 2, -1)
+        n = uf_read(wait_for[0].fd, message, BATCH)
+        for i in range(n):
+            if message[i].event == UF_EVENT_PAGEFAULT:
+                lift_one(wait_for[0].fd, message[i].address)
+    u32_store(&lifting, 0)
+    futex_wake_all(&lifting)
+    return NULL
+
+
+cdef void lift_one(int fd, uint64_t address) noexcept nogil:
+    """The page, or, of huge pages that can't be split, the least that the kernel takes."""
+    cdef uint64_t nbytes = PAGE
+    cdef unsigned int tries = 0
+    cdef int err = uf_writeprotect(fd, address & ~(nbytes - 1), nbytes, 0)
+    while err == -EAGAIN and tries < 1000 or err == -EINVAL and nbytes < <uint64_t>1 << 30:
+        if err == -EAGAIN:
+            nap(tries)
+            tries += 1
+        else:
+            nbytes *= 2
+        err = uf_writeprotect(fd, address & ~(nbytes - 1), nbytes, 0)
+    if err != 0:
+        uf_wake(fd, address & ~(PAGE - 1), PAGE)        # unmapped or unregistered: it faults again, or goes on
 
 
 cdef inline uint64_t foreign_span(uint64_t pages) noexcept nogil:
@@ -115,9 +188,9 @@ cdef int foreign_arm(Foreign_t *f) noexcept nogil:
     cdef int err = uf_register(foreign_fd, f.start, f.end - f.start, UF_REGISTER_WP, &ioctls)
     if err != 0:
         return err
-    if f.filed:
+    if f.filed or lift_fd >= 0:
         foreign_scan_others(f)
-        err = uf_writeprotect(foreign_fd, f.start, f.end - f.start, UF_WRITEPROTECT_WP)
+        err = foreign_protect(f, f.start, f.end)
         f.whole = True
         bits_set(f.there, 0, (f.end - f.start) // PAGE)
     else:
@@ -126,6 +199,12 @@ cdef int foreign_arm(Foreign_t *f) noexcept nogil:
     if err != 0:
         foreign_release(f)
     return err
+
+
+cdef int foreign_protect(Foreign_t *f, uint64_t start, uint64_t end) noexcept nogil:
+    if lift_fd >= 0 and not f.filed and not has(UF_FEATURE_WP_UNPOPULATED) and madvise(<void *>start, end - start, 22):
+        return -errno                       # MADV_POPULATE_READ: a hole can't be protected before Linux 6.4
+    return uf_writeprotect(foreign_fd, start, end - start, UF_WRITEPROTECT_WP)
 
 
 cdef void foreign_scan_others(Foreign_t *f) noexcept nogil:
@@ -154,7 +233,10 @@ cdef void foreign_release(Foreign_t *f) noexcept nogil:
                 stop = g.start
             g = g.next
         if not moved:
+            if lift_fd >= 0:
+                uf_writeprotect(foreign_fd, at, stop - at, 0)       # UNREGISTER would not wake who waits
             uf_unregister(foreign_fd, at, stop - at)
+            uf_wake(foreign_fd, at, stop - at)
             at = stop
 
 
@@ -166,7 +248,7 @@ cdef int foreign_scan(Foreign_t *f, bint reset) noexcept nogil:
     cdef pm_run run[SCAN_RUNS]
     cdef pm_scan_request q
     cdef uint64_t at = f.start, filled = 0
-    cdef int n, i
+    cdef int n, i, err
     memset(&q, 0, sizeof(q))
     q.flags = PM_SCAN_CHECK | (PM_SCAN_PROTECT if reset else 0)
     q.start = f.start
@@ -180,12 +262,15 @@ cdef int foreign_scan(Foreign_t *f, bint reset) noexcept nogil:
         q.any_of = PM_PRESENT | PM_SWAPPED
         q.returned = PM_WRITTEN | PM_ZERO
     while q.start < f.end:
-        n = pm_scan(pagemap_fd, &q)
+        n = pm_scan(pagemap_fd, &q) if lift_fd < 0 else pm_unmarked(pagemap_fd, &q, PAGE)
         if n < 0:
             return n
         for i in range(n):
             if f.whole:
                 foreign_mark(f, run[i].start, run[i].end)
+                err = foreign_protect(f, run[i].start, run[i].end) if lift_fd >= 0 and reset else 0
+                if err != 0:
+                    return err
             else:
                 foreign_hole(f, at, run[i].start, reset)
                 filled += foreign_seen(f, &run[i], reset)
@@ -271,6 +356,7 @@ cdef void foreign_fork_child() noexcept nogil:
     """fork() took the lock. The child's memory is registered nowhere, and the pagemap would be the parent's."""
     cdef Foreign_t *f = foreign_all
     pthread_mutex_init(&foreign_lock, NULL)
+    u32_store(&lifting, 0)                  # its thread is the parent's
     foreign_shut()
     while f != NULL:
         f.lost = -ECHILD

@@ -45,6 +45,7 @@ cdef void fork_child() noexcept nogil:
     memset(stripe, 0, sizeof(stripe))
     unpackers_forked()
     bus_after_fork()
+    u32_store(&waiting_engines, 0)
     while e != NULL:
         child_engine(e)
         e = e.next
@@ -82,6 +83,7 @@ cdef void child_engine(Engine_t *e) noexcept nogil:
     e.busy = 0
     e.alive = 0
     e.keepers = 0
+    e.waiting = False
     e.dying = NULL
     e.stalled_ns = 0
     e.placing = 0
@@ -173,7 +175,7 @@ cdef void child_slot(Slot *s) noexcept nogil:
         for b in range(s.first, s.first + s.count):
             if owned(s, r, b):
                 r.state[b] = (POISONED | <uint32_t>EIO << OWNER_SHIFT if s.repair == 1 else MISSING) | (
-                    r.state[b] & (FROM_PARENT | KEPT))      # a repair: the poison may still lie there
+                    r.state[b] & (FROM_PARENT | KEPT | STICKY))     # a repair: the poison may still lie there
         if r.fill.forget != NULL:
             r.fill.forget(r.fill.self, s.index)             # caught in the middle of a change
     if s.job != NULL:

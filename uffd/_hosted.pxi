@@ -370,9 +370,8 @@ cdef void host_post_run(Slot *c, Region_t *r) noexcept nogil:
 
 cdef int host_prepare(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes) noexcept nogil:
     cdef bint in_place = r.minor and not c.repair
-    if u32_load(&r.state[offset >> r.shift]) & SPILLED or \
-            r.in_child and u32_load(&r.state[offset >> r.shift]) & FROM_PARENT:
-        return 0                            # obtain finds its bytes elsewhere
+    if lies_elsewhere(r, offset >> r.shift):
+        return 0                            # obtain finds them there
     if in_place and fallocate(r.memfd, 0, <int64_t>offset, <int64_t>page_round(nbytes)) != 0:
         return -errno
     host_post(c, REQ_READ, r.fill.session, offset, nbytes, 2 if c.cause == DEMAND else c.cause == POPULATE, in_place)
@@ -576,22 +575,43 @@ cdef uint32_t place_offer(Host_t *h, host_offer *o) noexcept nogil:
                 break
             b = (at + (<uint64_t>1 << r.shift) - 1) >> r.shift
             while b < r.blocks and (b << r.shift) + run_bytes(r, b, 1) <= end:
-                taken += place_offered(s, r, b, s.staging + row * row_bytes + ((b << r.shift) - at))
+                taken += place_offered(h, r, b, s.staging + row * row_bytes + ((b << r.shift) - at))
                 b += 1
     region_release(r)
     return taken
 
 
-cdef uint32_t place_offered(Slot *s, Region_t *r, uint64_t b, const char *bytes) noexcept nogil:
+cdef uint32_t place_offered(Host_t *h, Region_t *r, uint64_t b, const char *bytes) noexcept nogil:
     """One offered block: 1 if it was missing and is there now."""
+    cdef Slot *s = h.offers
     if u32_load(&r.state[b]) & STATE_MASK != MISSING or run_bytes(r, b, 1) & (PAGE - 1):
         return 0                            # the last block may end inside a page: it is asked for
-    if not begin_run(s, r, b, 1, False, READAHEAD, MISSING):
+    if is_outdated(h, r, b) or not begin_run(s, r, b, 1, False, READAHEAD, MISSING):
         return 0
     s.offered = bytes
+    s.refused = is_outdated(h, r, b)        # now that it is ours: it may have been written, and gone, since that look
     finish_run(s, r)
     s.offered = NULL
     return u32_load(&r.state[b]) & STATE_MASK == CLEAN or u32_load(&r.state[b]) & STATE_MASK == DIRTY
+
+
+cdef bint is_outdated(Host_t *h, Region_t *r, uint64_t b) noexcept nogil:
+    """Whether the program may have written something else to missing block b than its provider offers: it lies
+    elsewhere, or the provider acknowledged a write since the call began that offers. Which call that is nobody says:
+    the oldest one under way counts."""
+    cdef uint64_t stored = u64_load(&r.stored_ns)
+    cdef host_request *q
+    cdef uint32_t i
+    cdef bint called = False
+    if lies_elsewhere(r, b):
+        return True
+    for i in range(HOST_REQUESTS if stored else 0):
+        q = &h.channel.request[i]
+        if u32_load(&q.word) & REQ_STATE == REQ_TAKEN and q.kind == REQ_READ and q.session == r.fill.session:
+            called = True
+            if u64_load(&q.taken_ns) <= stored:
+                return True
+    return stored != 0 and not called
 
 
 cdef Region_t *region_of_session(Engine_t *e, uint64_t session) noexcept nogil:

@@ -54,7 +54,7 @@ cdef void sessions_grow(HostEnd end) noexcept nogil:
 
 
 cdef int host_take(HostEnd end, uint32_t *found) noexcept nogil:
-    """Requests of one session, the most urgent and oldest first; 0 at the end of service."""
+    """Requests of one session that are equally urgent, the oldest first; 0 at the end of service."""
     cdef host_channel *ch = end.channel
     cdef uint32_t bell
     cdef uint64_t spin, until
@@ -104,7 +104,9 @@ cdef int host_pick(HostEnd end, uint32_t *found) noexcept nogil:
         while bits:
             i = u64_log2(bits)
             bits &= ~(<uint64_t>1 << i)
-            if i < <int>HOST_REQUESTS and request_take(ch, i, session, kind):
+            # who waits does not wait for the bytes of others that nobody waits for yet
+            if (i < <int>HOST_REQUESTS and ch.request[i].urgent == ch.request[best].urgent
+                    and request_take(ch, i, session, kind)):
                 found[n] = <uint32_t>i
                 n += 1
         batch_begin(end, session, found, <uint32_t>n)

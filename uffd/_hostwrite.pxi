@@ -44,7 +44,11 @@ cdef int host_store(Slot *c, Region_t *r, uint64_t offset, uint64_t nbytes, bint
 
     Waits, for at most the region's time; needs no run of the slot. `once`: without another try. Never two at once for
     one block."""
-    return host_command(c, r, REQ_WRITE, offset, nbytes, 0 if once else r.retries)
+    cdef int err = host_command(c, r, REQ_WRITE, offset, nbytes, 0 if once else r.retries)
+    cdef uint64_t now = now_ns(), before = u64_load(&r.stored_ns)
+    while err == 0 and before < now and not u64_cas(&r.stored_ns, before, now):
+        before = u64_load(&r.stored_ns)     # before the block may go: see is_outdated
+    return err
 
 
 cdef int host_sync(Slot *c, Region_t *r) noexcept nogil:

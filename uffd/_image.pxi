@@ -367,7 +367,7 @@ cdef void written_since(RegionPart *p) noexcept nogil:
         end = u64_min((b + 1) << r.shift, r.span) / PAGE
         if u8_load(&p.state[b - p.first]) != UNSAVED and bits_any(p.w.bits, first - p.w.first, end - p.w.first):
             watch_take(p.w, first, end, True, NULL)
-            u8_set(&p.state[b - p.first], UNSAVED)
+            p.state[b - p.first] = UNSAVED
 
 
 cdef void regions_open(Image_t *m) noexcept nogil:
@@ -385,8 +385,7 @@ cdef void regions_lift(Image_t *m) noexcept nogil:
     for i in range(m.regions):
         p = &m.region[i]
         for b in range(p.first, p.end):
-            if u8_load(&p.state[b - p.first]) == UNSAVED:
-                u8_set(&p.state[b - p.first], LIFTED)
+            if u8_cas(&p.state[b - p.first], UNSAVED, LIFTED):
                 if p.w != NULL:
                     bits_set(p.w.bits, (b << p.r.shift) / PAGE - p.w.first,
                              u64_min((b + 1) << p.r.shift, p.r.span) / PAGE - p.w.first)

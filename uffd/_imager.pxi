@@ -61,6 +61,7 @@ cdef class Imager:
         m.bytes = at
         m.uffd = -1
         m.stop_fd = -1
+        m.pagemap = -1
         m.fd = -1
         m.pid = getpid()
         p = <char *>m + page_round(sizeof(Image_t))
@@ -162,8 +163,8 @@ cdef class Imager:
         from .errors import SnapshotError
         cdef Image_t *m = self.m
         if m.error and m.lost:
-            raise SnapshotError(f"tracking lost: memory of the image was freed, moved or mapped anew while it was "
-                                f"saved ({_os.strerror(-m.error)})")
+            raise SnapshotError(f"tracking lost: memory of the image was freed, dropped (madvise), moved or mapped "
+                                f"anew before it was saved ({_os.strerror(-m.error)})")
         if m.error:
             raise OSError(-m.error, f"the image could not be written: {_os.strerror(-m.error)}")
         if m.aborted:

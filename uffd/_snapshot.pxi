@@ -1,15 +1,14 @@
 # A consistent image of memory that is not ours: its bytes at one instant, written while the program goes on writing.
 #
-# Uses:     uf_*, pm_scan, thread_start of _sys.h; thread_spawn of _life.pxi; the regions' side of _image.pxi
-# Provides: image_start, image_stop, image_abort, image_lift_all; the threads of an image
+# Uses:     uf_*, pm_* of _sys.h; the pause, and the end, of _instant.pxi; the regions' side of _image.pxi
+# Provides: the threads of an image and what they share with all others
 #
 #   SKIPPED                   nothing is there at the instant: zeros. Not protected
 #   UNSAVED > SAVING > LIFTED      a first write, or the streamer: copied, protection off
 #   UNSAVED > SAVING > KEPT_BLOCK > LIFTED    a series: it stays protected, so the next one knows what is written
 #
-# The instant is one because no write fault is answered (`gate`) before the last range is protected. Pages that nobody
-# has touched are not protected, which would cost page tables: those that appear while the others are protected are
-# looked for, and protected, until a look finds none. Then no write that is in the image came after one that is not.
+# A page that the program drops (madvise) loses its protection with its bytes: so what is copied counts only if it is
+# protected still afterwards. Else the image has failed: its bytes of the instant are nowhere.
 #
 # Fault threads (`uffd-snapshot`) and the streamer touch memory of ours alone: mappings that are made before anything is
 # protected, and can't be a target. No malloc, no lock that a program's thread can hold while it writes. The program's
@@ -21,7 +20,6 @@ cdef enum:
     SAVE_SHIFT = 18                         # of a save-block, 256 KiB: a dense writer pays 2 us per page, 104 at 4 KiB
     STREAM_BLOCKS = 4                       # that the streamer copies at once, if there is memory for them
     FAULT_THREADS = 2
-    START_PASSES = 16
     ASIDE_FREE = 0                          # what untouched memory says
     ASIDE_TAKEN = 1
     ASIDE_FULL = 2
@@ -66,11 +64,12 @@ cdef struct Image_t:
     uint64_t regions
     int uffd
     int stop_fd
+    int pagemap                             # or -1: then nobody sees that pages were dropped
     int pid
     bint keep
     # of the image under way
     int fd
-    uint32_t gate                           # 1: nobody's write is answered; futex
+    uint32_t gate                           # but for GATE_OPEN nobody's write is answered; futex
     uint32_t inside                         # fault threads that passed it and are not done
     uint32_t aborted
     uint32_t done                           # futex: all is written, or it failed
@@ -80,7 +79,10 @@ cdef struct Image_t:
     uint32_t go                             # futex: the streamer is to write an image
     uint32_t ending                         # or to end
     uint32_t streaming                      # futex: it writes one
-    uint32_t protected                      # something is, and has to be lifted
+    uint32_t helping                        # futex: fault threads that protect pieces
+    uint64_t piece_at                       # save-blocks up to here were taken by who protects them
+    uint64_t piece_blocks                   # of the next piece
+    int32_t piece_error                     # the first one
     int32_t error                           # the first one
     int32_t lost                            # it was of the memory, not of the file
     uint64_t total_bytes
@@ -162,6 +164,20 @@ cdef int copy_program(char *target, uint64_t source, uint64_t nbytes) noexcept n
     return err
 
 
+cdef int copy_saved(Image_t *m, Span *p, uint64_t k, uint64_t stop, char *target) noexcept nogil:
+    """Bytes of the instant, of blocks that the caller saves. -errno where they are lost: see the head."""
+    cdef uint64_t start = save_start(p, k), end = save_end(p, stop - 1)
+    cdef int err = copy_program(target, start, end - start)
+    return err if err != 0 else -ENODATA if not still_marked(m, start, end) else 0
+
+
+cdef bint still_marked(Image_t *m, uint64_t start, uint64_t end) noexcept nogil:
+    """Whether no protected page went since it was protected; True where that can't be seen."""
+    if m.pagemap < 0 or not has(UF_FEATURE_EXACT_ADDRESS):      # 5.18; pagemap's bit is of 5.13
+        return True
+    return pm_marked(m.pagemap, has(UF_FEATURE_WP_ASYNC), PAGE, start, end) > 0
+
+
 # ---- faults -----------------------------------------------------------------------------------------------------
 
 cdef void *snapshot_main(void *argument) noexcept nogil:
@@ -175,8 +191,7 @@ cdef void *snapshot_main(void *argument) noexcept nogil:
     wait_for[1].fd = m.stop_fd
     wait_for[1].events = POLLIN
     while True:
-        while u32_load(&m.gate):
-            futex_wait(&m.gate, 1, SECOND_NS)
+        gate_wait(m)
         wait_for[1].revents = 0
         poll(wait_for, 2, -1)
         if wait_for[1].revents:
@@ -198,10 +213,20 @@ cdef void gate_enter(Image_t *m) noexcept nogil:
     """Dekker with image_start, which closes the gate and waits until nobody is inside."""
     while True:
         u32_add_seq(&m.inside, 1)
-        if u32_load_seq(&m.gate) == 0:
+        if u32_load_seq(&m.gate) == GATE_OPEN:
             return
         u32_sub(&m.inside, 1)
-        futex_wait(&m.gate, 1, SECOND_NS)
+        gate_wait(m)
+
+
+cdef void gate_wait(Image_t *m) noexcept nogil:
+    """Until it is open. Who waits here helps to protect."""
+    cdef uint32_t gate = u32_load(&m.gate)
+    while gate != GATE_OPEN:
+        if gate == GATE_HELP:
+            protect_help(m)
+        futex_wait(&m.gate, gate, SECOND_NS)
+        gate = u32_load(&m.gate)
 
 
 cdef void save_fault(Image_t *m, uint64_t address) noexcept nogil:
@@ -240,7 +265,7 @@ cdef bint save_aside(Image_t *m, Span *p, uint64_t k) noexcept nogil:
     if not save_claim(m, p, k):
         u32_store(&m.aside[a].state, ASIDE_FREE)
         return False
-    err = copy_program(m.aside_bytes + <uint64_t>a * m.slot_bytes, save_start(p, k), nbytes)
+    err = copy_saved(m, p, k, k + 1, m.aside_bytes + <uint64_t>a * m.slot_bytes)
     if err != 0:
         u32_store(&m.aside[a].state, ASIDE_FREE)
         save_publish(m, p, k, LIFTED)
@@ -287,6 +312,8 @@ cdef void stream_image(Image_t *m) noexcept nogil:
     """First what was copied for writers, then what they wait for, then the rest in large runs."""
     cdef Span *p
     cdef uint64_t i, k
+    if not kept_check(m, False):
+        image_fail(m, -ENODATA, True)       # before anything else of it is kept
     for i in range(m.spans):
         p = &m.span[i]
         k = 0
@@ -309,15 +336,6 @@ cdef void stream_image(Image_t *m) noexcept nogil:
     futex_wake_all(&m.streaming)
     u32_store(&m.done, 1)
     futex_wake_all(&m.done)
-
-
-cdef bint spans_mapped(Image_t *m) noexcept nogil:
-    """What is not mapped any more has no pages that could be missed."""
-    cdef uint64_t i
-    for i in range(m.spans):
-        if not range_mapped(m.span[i].start, m.span[i].end - m.span[i].start):
-            return False
-    return True
 
 
 cdef bint all_saved(Image_t *m) noexcept nogil:
@@ -375,7 +393,7 @@ cdef void stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept
         n += 1
     if n == 0:
         return
-    err = copy_program(m.stream_bytes, save_start(p, k), save_end(p, k + n - 1) - save_start(p, k))
+    err = copy_saved(m, p, k, k + n, m.stream_bytes)
     stop = k + n
     while n:
         n -= 1
@@ -436,259 +454,3 @@ cdef void write_file(Image_t *m, const char *bytes, uint64_t nbytes, int64_t off
             u64_add(&m.streamed_bytes, <uint64_t>n)
         elif n == 0 or errno != EINTR:
             image_fail(m, -errno if n < 0 else -EIO, False)
-
-
-# ---- start and end ----------------------------------------------------------------------------------------------
-
-cdef int image_open(Image_t *m) noexcept nogil:
-    """The userfaultfd, all spans registered with it, and the fault threads behind the gate. 0 or -errno."""
-    cdef uint64_t want = UF_FEATURE_WP, ioctls = 0, i
-    cdef int err
-    m.uffd = -1
-    m.stop_fd = -1
-    u32_store(&m.gate, 1)
-    if m.spans == 0:
-        return image_thread(m, &streamer_main, b"uffd-streamer")
-    if known_way == UF_WAY_USER:
-        return -EPERM
-    for i in range(m.spans):
-        if m.span[i].filed:
-            want |= UF_FEATURE_WP_HUGETLBFS_SHMEM
-    if has(UF_FEATURE_WP_UNPOPULATED):
-        want |= UF_FEATURE_WP_UNPOPULATED
-    m.uffd = uf_open(known_way)
-    if m.uffd < 0:
-        return m.uffd
-    err = uf_api(m.uffd, &want, &ioctls)
-    for i in range(m.spans):
-        if err == 0:
-            err = uf_register(m.uffd, m.span[i].start, m.span[i].end - m.span[i].start, UF_REGISTER_WP, &ioctls)
-        if err != 0:
-            m.spans = i                     # the rest may be another's, whose registration UNREGISTER would end
-            return err
-    m.stop_fd = sys_eventfd()
-    if m.stop_fd < 0:
-        return m.stop_fd
-    for i in range(FAULT_THREADS):
-        if err == 0:
-            err = image_thread(m, &snapshot_main, b"uffd-snapshot")
-    return err if err != 0 else image_thread(m, &streamer_main, b"uffd-streamer")
-
-
-cdef int image_thread(Image_t *m, void *(*run)(void *) noexcept nogil, const char *name) noexcept nogil:
-    cdef int err
-    u32_add(&m.threads, 1)
-    err = thread_spawn(run, m, name, -1)
-    if err != 0:
-        u32_sub(&m.threads, 1)
-    return err
-
-
-cdef int image_protect(Image_t *m) noexcept nogil:
-    """All that is there is protected when this returns. 0 or -errno. Of a series, what was written since."""
-    cdef uint64_t i, k, run
-    cdef Span *p
-    cdef int err = 0
-    for i in range(m.spans):
-        p = &m.span[i]
-        k = 0
-        while k < p.blocks and err == 0:
-            run = k
-            while k < p.blocks and (u8_load(&m.state[p.first + k]) == LIFTED or
-                                    p.filed and u8_load(&m.state[p.first + k]) == SKIPPED):
-                u8_set(&m.state[p.first + k], UNSAVED)
-                k += 1
-            if k > run:
-                err = protect_blocks(m, p, run, k)
-            else:
-                k += 1
-    return err if err != 0 else protect_new(m)
-
-
-cdef inline void u8_set(uint8_t *p, uint8_t v) noexcept nogil:
-    """While the gate is closed nobody else changes it but by the same value."""
-    u8_cas(p, u8_load(p), v)
-
-
-cdef int protect_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
-    cdef uint64_t start = save_start(p, k), len = save_end(p, stop - 1) - start
-    u32_store(&m.protected, 1)
-    if not has(UF_FEATURE_WP_UNPOPULATED) and not p.filed and madvise(<void *>start, len, 22) != 0:
-        return -errno                       # MADV_POPULATE_READ: a hole can't be protected before Linux 6.4
-    return uf_writeprotect(m.uffd, start, len, UF_WRITEPROTECT_WP)
-
-
-cdef int protect_new(Image_t *m) noexcept nogil:
-    """Of the blocks that were empty, those with pages by now, again and again until there are none: see the head."""
-    cdef uint32_t turn
-    cdef uint64_t found = 1, i
-    cdef int err = 0, pagemap = pm_open()
-    for turn in range(<uint32_t>START_PASSES):
-        if found == 0 or err != 0:
-            break
-        found = 0
-        for i in range(m.spans):
-            if err == 0 and turn + 1 < START_PASSES and pagemap >= 0:
-                err = protect_populated(m, &m.span[i], pagemap, &found)
-            if err == -ENOTTY or err == -EINVAL or err == 0 and (turn + 1 == START_PASSES or pagemap < 0):
-                err = protect_skipped(m, &m.span[i])    # no PAGEMAP_SCAN, or a program that goes on filling: all
-    if pagemap >= 0:
-        close(pagemap)
-    return err
-
-
-cdef int protect_skipped(Image_t *m, Span *p) noexcept nogil:
-    cdef uint64_t k = 0, run
-    cdef int err = 0
-    while k < p.blocks and err == 0:
-        run = k
-        while k < p.blocks and u8_load(&m.state[p.first + k]) == SKIPPED:
-            u8_set(&m.state[p.first + k], UNSAVED)
-            k += 1
-        if k > run:
-            err = protect_blocks(m, p, run, k)
-        else:
-            k += 1
-    return err
-
-
-cdef int protect_populated(Image_t *m, Span *p, int pagemap, uint64_t *found) noexcept nogil:
-    """One look at a span's skipped blocks."""
-    cdef uint64_t k = 0, run
-    cdef int err = 0
-    while k < p.blocks and err == 0:
-        run = k
-        while k < p.blocks and u8_load(&m.state[p.first + k]) == SKIPPED:
-            k += 1
-        if k > run:
-            err = protect_found(m, p, run, k, pagemap, found)
-        else:
-            k += 1
-    return err
-
-
-cdef int protect_found(Image_t *m, Span *p, uint64_t k, uint64_t stop, int pagemap, uint64_t *found) noexcept nogil:
-    cdef pm_run run[SCAN_RUNS]
-    cdef pm_scan_request q
-    cdef uint64_t first = k, end = k, a, b
-    cdef int i, n, err = 0
-    memset(&q, 0, sizeof(q))
-    q.start = save_start(p, k)
-    q.end = save_end(p, stop - 1)
-    q.vec = <uint64_t>&run[0]
-    q.vec_len = SCAN_RUNS
-    q.any_of = PM_PRESENT | PM_SWAPPED
-    q.returned = PM_PRESENT                 # runs are merged where this is alike
-    while q.start < q.end and err == 0:
-        n = pm_scan(pagemap, &q)
-        if n < 0:
-            return n
-        for i in range(n):
-            a = (run[i].start - p.start) >> SAVE_SHIFT
-            b = ((run[i].end - 1 - p.start) >> SAVE_SHIFT) + 1
-            if a > end:
-                err = err if err != 0 else found_blocks(m, p, first, end, found)
-                first = a
-            elif first == end:
-                first = a
-            end = b
-        if q.walk_end <= q.start:
-            return -EFAULT
-        q.start = q.walk_end
-    return err if err != 0 else found_blocks(m, p, first, end, found)
-
-
-cdef int found_blocks(Image_t *m, Span *p, uint64_t first, uint64_t end, uint64_t *found) noexcept nogil:
-    cdef uint64_t k
-    if first == end:
-        return 0
-    found[0] += end - first
-    for k in range(first, end):
-        u8_set(&m.state[p.first + k], UNSAVED)
-    return protect_blocks(m, p, first, end)
-
-
-cdef int image_start(Image_t *m) noexcept nogil:
-    """Protects everything; the instant is when the last is. Writers that wait go on. 0 or -errno, and then nothing is
-    protected. The streamer runs from here on, until `done`."""
-    cdef uint64_t t0 = now_ns()
-    cdef int err
-    u32_store_seq(&m.gate, 1)
-    while u32_load_seq(&m.inside):
-        sched_yield()                       # a copy of one block at the most
-    err = regions_protect(m)
-    if err == 0:
-        err = image_protect(m)
-    m.instant_ns = real_ns()
-    if err == 0 and not spans_mapped(m):
-        err = -ENOENT
-    if err == 0:
-        count_image(m)
-        u32_store(&m.streaming, 1)
-    else:
-        image_lift_all(m)
-    u32_store_seq(&m.gate, 0)
-    regions_open(m)
-    m.pause_ns = now_ns() - t0
-    futex_wake_all(&m.gate)
-    if err == 0:
-        u32_store(&m.go, 1)                 # after the gate: the streamer would take this thread's CPU
-        futex_wake_all(&m.go)
-    return err
-
-
-cdef void count_image(Image_t *m) noexcept nogil:
-    cdef uint64_t i, k
-    for i in range(m.spans):
-        for k in range(m.span[i].blocks):
-            if u8_load(&m.state[m.span[i].first + k]) == UNSAVED:
-                m.total_bytes += save_end(&m.span[i], k) - save_start(&m.span[i], k)
-    m.total_bytes += regions_total(m)
-
-
-cdef void image_lift_all(Image_t *m) noexcept nogil:
-    """No block is protected any more, and nobody waits. What a series had kept is written since, for all it knows."""
-    cdef uint64_t i, k
-    cdef uint8_t state
-    for i in range(m.spans):
-        for k in range(m.span[i].first, m.span[i].first + m.span[i].blocks):
-            state = u8_load(&m.state[k])
-            while (state == UNSAVED or state == KEPT_BLOCK) and not u8_cas(&m.state[k], state, LIFTED):
-                state = u8_load(&m.state[k])
-        lift_span(m, m.span[i].start, m.span[i].end)
-    regions_lift(m)
-
-
-cdef void image_stop(Image_t *m) noexcept nogil:
-    """The end: threads, registrations (which lets go whoever waits), descriptors. Waits for the streamer, which looks
-    at `aborted` after each write."""
-    cdef uint64_t i
-    u32_store(&m.aborted, 1)
-    u32_store(&m.ending, 1)
-    u32_store_seq(&m.gate, 0)
-    futex_wake_all(&m.gate)
-    image_ring(m)
-    while u32_load(&m.streaming):
-        futex_wait(&m.streaming, 1, SLICE_NS)
-    if m.uffd >= 0:
-        for i in range(m.spans):
-            lift_span(m, m.span[i].start, m.span[i].end)
-            uf_unregister(m.uffd, m.span[i].start, m.span[i].end - m.span[i].start)
-    if m.stop_fd >= 0:
-        eventfd_raise(m.stop_fd)
-    u32_store(&m.go, 1)
-    futex_wake_all(&m.go)
-    while u32_load(&m.threads):
-        futex_wait(&m.threads, u32_load(&m.threads), SLICE_NS)
-    regions_close(m)
-    image_forget(m)
-
-
-cdef void image_forget(Image_t *m) noexcept nogil:
-    """The descriptors; in a forked child, which has none of the threads, all that there is to do."""
-    if m.uffd >= 0:
-        close(m.uffd)
-    if m.stop_fd >= 0:
-        close(m.stop_fd)
-    m.uffd = -1
-    m.stop_fd = -1

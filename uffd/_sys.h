@@ -266,6 +266,45 @@ static inline int pm_open(void)
     return fd < 0 ? -errno : fd;
 }
 
+/* As pm_scan asked for pages that carry no mark (PM_WRITTEN), by the entries of pagemap: bit 57 is the mark, of empty
+ * places, too (5.19). A run that is cut short by the end of `vec` is gone on with by the next call. */
+static inline int pm_unmarked(int fd, struct pm_scan *s, uint64_t page)
+{
+    struct pm_run *run = (struct pm_run *)(uintptr_t)s->vec;
+    uint64_t entry[512], n = 0;
+    for (s->walk_end = s->start; s->walk_end < s->end;) {
+        uint64_t many = (s->end - s->walk_end) / page;
+        ssize_t got = pread(fd, entry, (many < 512 ? many : 512) * 8, (off_t)(s->walk_end / page * 8));
+        if (got < 8)
+            return got < 0 ? -errno : -EFAULT;
+        for (uint64_t i = 0; i < (uint64_t)got / 8; i++, s->walk_end += page) {
+            if (entry[i] >> 57 & 1)
+                continue;
+            if (n && run[n - 1].end == s->walk_end)
+                run[n - 1].end += page;
+            else if (n < s->vec_len)
+                run[n++] = (struct pm_run){ s->walk_end, s->walk_end + page, PM_WRITTEN };
+            else
+                return (int)n;
+        }
+    }
+    return (int)n;
+}
+
+/* Whether each page of a range carries its mark, in memory, swapped out or empty: 1 or 0, or -errno. A page that was
+ * dropped, or mapped anew, has lost it. scans: the kernel has PAGEMAP_SCAN. */
+static inline int pm_marked(int fd, int scans, uint64_t page, uint64_t start, uint64_t end)
+{
+    struct pm_run run;
+    struct pm_scan s = { .start = start, .end = end, .vec = (uint64_t)(uintptr_t)&run, .vec_len = 1,
+                         .inverted = PM_WRITTEN, .all_of = PM_WRITTEN, .any_of = PM_PRESENT | PM_SWAPPED,
+                         .returned = PM_WRITTEN };
+    int n = scans ? pm_scan(fd, &s) : pm_unmarked(fd, &s, page);
+    if (n < 0)
+        return n;
+    return scans ? n == 1 && run.start == start && run.end == end : n == 0;
+}
+
 /* Whether all of the range is mapped by something. */
 static inline int range_mapped(uint64_t start, uint64_t len)
 {

@@ -78,6 +78,8 @@ cdef extern from "_sys.h" nogil:
         uint64_t returned
     int pm_scan(int fd, pm_scan_request *s) noexcept
     int pm_open() noexcept
+    int pm_unmarked(int fd, pm_scan_request *s, uint64_t page) noexcept
+    int pm_marked(int fd, bint scans, uint64_t page, uint64_t start, uint64_t end) noexcept
     bint range_mapped(uint64_t start, uint64_t len) noexcept
     int uf_unregister(int fd, uint64_t start, uint64_t len) noexcept
     int uf_wake(int fd, uint64_t start, uint64_t len) noexcept

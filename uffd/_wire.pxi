@@ -20,6 +20,9 @@ cdef extern from "_wire.h" nogil:
         uint64_t extra
     int wire_ready(int fd, short events, int timeout_ms) noexcept
     int wire_send(int fd, const wire_head *head, const void *data, size_t nbytes, int timeout_ms) noexcept
+    uint64_t wire_rate(int fd, uint64_t queue_ns, uint64_t *fair) noexcept
+    int wire_send_thin(int fd, const wire_head *head, const char *data, size_t nbytes, int timeout_ms, uint64_t rate,
+                       uint64_t fair) noexcept
     int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms) noexcept
     bint wire_is_zero(const char *p, size_t n) noexcept
     int wire_shutdown(int fd) noexcept
@@ -84,6 +87,7 @@ cdef struct Ask:                    # a block that somebody waits for, and since
     uint64_t key
     uint64_t since_ns
     uint32_t tid                    # the thread that touched it first
+    uint32_t touched                # a thread waits in a touch of it, and not in a call
 
 cdef struct Waiter:                 # a thread of the destination's program: how long it waited in all
     uint32_t tid
@@ -93,6 +97,14 @@ cdef struct Moment:
     uint64_t at_ns
     uint32_t phase
     uint64_t left
+
+cdef struct Frame_t:                # of the push, on its way
+    uint64_t bytes
+    uint64_t flight                 # that were under way, with it, when it was sent
+    uint64_t sent_ns
+    uint64_t block
+    uint32_t count
+    uint32_t part
 
 cdef struct Wire_t:
     uint32_t refs                   # the Python object, its threads, the regions that parts lie over
@@ -115,6 +127,9 @@ cdef struct Wire_t:
     int32_t last_error              # of the connection
     uint32_t told                   # the user was told of the pause
     # destination
+    Wire_t *next                    # of those that bring something to this process; under registry_lock
+    Engine_t *engine                # of its regions
+    uint64_t said_ns                # when its keeper last told the user that a touch waits
     char name[32]                   # of the migration
     int gate_fd                     # where new connections come from, after a break; not ours
     uint64_t left                   # blocks that have yet to come
@@ -135,12 +150,10 @@ cdef struct Wire_t:
     uint64_t sent                   # bytes and frames of this connection; acknowledged ones
     uint64_t sent_frames
     uint64_t acked
-    uint64_t window                 # bytes under way at most
-    uint64_t ring_bytes[1024]       # of frames under way, by their number; and which blocks are in them
-    uint32_t ring_part[1024]
-    uint64_t ring_block[1024]
-    uint32_t ring_count[1024]
-    uint64_t ack_ns
+    uint64_t window                 # bytes under way at most; two frames always may be
+    uint64_t trip_ns                # the least time from a frame's sending to its acknowledgement
+    uint64_t trip_until_ns          # when that is measured anew, with nothing else under way
+    Frame_t ring[1024]              # frames under way, by their number
     uint32_t ready                  # answers of the destination; 2: it gave up
     uint32_t frozen                 # writers wait
     uint32_t kill                   # a writer after the hand-over ends the process, once all is handed over
@@ -168,6 +181,9 @@ cdef struct Wire_t:
     uint64_t resumed_ns             # destination: may run. Source: it was heard of
     uint64_t moments
     Moment moment[WIRE_EVENTS]
+
+
+cdef Wire_t *wires = NULL           # under registry_lock
 
 
 # ---- states and connections ---------------------------------------------------------------------------------------
@@ -267,7 +283,8 @@ cdef int wire_attach(Wire_t *w, int push_fd, int ask_fd) noexcept nogil:
     w.acked = 0
     w.sent_frames = 0
     w.handed = 0
-    w.window = 1 << 20
+    w.window = 256 << 10
+    w.trip_until_ns = 0
     w.epoch += 1
     w.connected = 1
     pthread_mutex_unlock(&w.lock)

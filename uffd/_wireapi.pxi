@@ -42,6 +42,7 @@ cdef class Wire:
         if self.w != NULL:
             if self.w.source and self.w.threads == 0 and not u32_load(&self.w.frozen):
                 _detach(self.w)             # a region must not refer to what is gone
+            _unlist(self.w)
             wire_release(self.w)
 
     def listen(self, bytes name, int gate_fd):
@@ -66,6 +67,8 @@ cdef class Wire:
         else:
             ok = wire_start(w, &receive_push_main, b"uffd-receive") and wire_start(w, &receive_ask_main, b"uffd-asks")
             ok = ok and (w.gate_fd < 0 or wire_start(w, &gate_main, b"uffd-gate"))
+            if ok:
+                _list(w)
         if not ok:
             raise _os_error(-EAGAIN, "no thread for a migration")
 
@@ -208,6 +211,7 @@ cdef class Wire:
         cdef uint32_t n, keep = 0
         cdef uint64_t deadline = now_ns() + 10 * SECOND_NS
         cdef bint ours
+        _unlist(w)
         with nogil:
             while u32_load(&w.phase) >= PH_COMPLETED and u32_load(&w.connected):
                 if now_ns() > deadline - 8 * SECOND_NS:
@@ -275,6 +279,30 @@ cdef class Wire:
                                          if w.waiter[i].tid},
                 "stopped_ns": w.stopped_ns, "resumed_ns": w.resumed_ns, "left": self.left,
                 "moments": [(w.moment[i].at_ns, w.moment[i].phase, w.moment[i].left) for i in range(w.moments)]}
+
+
+cdef void _list(Wire_t *w) noexcept:
+    global wires
+    """A destination is among those that the keeper looks at."""
+    cdef Region_t *r = region_acquire(w.part[0].region_id) if w.nparts else NULL
+    if r == NULL:
+        return
+    w.engine = r.engine
+    region_release(r)
+    pthread_mutex_lock(&registry_lock)
+    w.next = wires
+    wires = w
+    pthread_mutex_unlock(&registry_lock)
+
+
+cdef void _unlist(Wire_t *w) noexcept:
+    cdef Wire_t **at = &wires
+    pthread_mutex_lock(&registry_lock)
+    while at[0] != NULL and at[0] != w:
+        at = &at[0].next
+    if at[0] != NULL:
+        at[0] = w.next
+    pthread_mutex_unlock(&registry_lock)
 
 
 cdef uint64_t _deadline(timeout_ns) except? 0:

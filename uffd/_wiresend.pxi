@@ -11,7 +11,10 @@ cdef enum:
     PUSH_FRAMES = 128               # more than PUSH_BYTES can be cut into, zeros and others in turn
     DROP_ROUNDS = 10                # in which the destination drops what was written, before writers are stopped
     FEW = 16                        # blocks dirtied in one of them: there will hardly be fewer
-cdef uint64_t QUEUE_NS = 2000000    # of the push's bytes may lie before a request's answer
+    SLOW = 250 * 1000 * 1000        # bytes per second: below, a whole frame is too much to lie before an answer
+    WINDOW_BYTES = 32 << 20         # under way at most
+cdef uint64_t QUEUE_NS = 1000000    # so much of the push may lie in the network before a request's answer
+cdef uint64_t TRIP_NS = 10 * SECOND_NS      # after that the way may be another one
 cdef uint64_t BURST_NS = 10000000   # what a limited rate may catch up
 
 
@@ -20,26 +23,39 @@ cdef uint64_t BURST_NS = 10000000   # what a limited rate may catch up
 cdef int emit(Wire_t *w, int fd, uint32_t kind, uint32_t part, uint64_t b, uint32_t n, const char *data,
               uint64_t nbytes) noexcept nogil:
     cdef wire_head head
+    cdef uint64_t rate, fair = 0
     cdef int err
     head.kind = kind
     head.part = part
     head.block = b
     head.count = n
     head.nbytes = <uint32_t>nbytes
-    head.extra = 0
+    head.extra = fd != w.ask_fd and w.window < 8 * nbytes       # of so few, each is acknowledged at once
     if fd == w.ask_fd:
         pthread_mutex_lock(&w.send_lock)
-    err = wire_send(fd, &head, data, nbytes, WIRE_SILENCE_MS)
-    if fd == w.ask_fd:
+        err = wire_send(fd, &head, data, nbytes, WIRE_SILENCE_MS)
         pthread_mutex_unlock(&w.send_lock)
-    elif err == 0:
-        w.ring_bytes[w.sent_frames & (FRAMES - 1)] = sizeof(wire_head) + nbytes
-        w.ring_part[w.sent_frames & (FRAMES - 1)] = part
-        w.ring_block[w.sent_frames & (FRAMES - 1)] = b
-        w.ring_count[w.sent_frames & (FRAMES - 1)] = n
+        return err
+    frame_begins(w, part, b, n, sizeof(wire_head) + nbytes)
+    rate = wire_rate(fd, QUEUE_NS / 2, &fair) if nbytes else 0
+    if 0 < rate < SLOW:
+        err = wire_send_thin(fd, &head, data, nbytes, WIRE_SILENCE_MS, rate, u64_max(fair, 32 << 10))
+    else:
+        err = wire_send(fd, &head, data, nbytes, WIRE_SILENCE_MS)
+    if err == 0:
         w.sent_frames += 1
         w.sent += sizeof(wire_head) + nbytes
     return err
+
+
+cdef inline void frame_begins(Wire_t *w, uint32_t part, uint64_t b, uint32_t n, uint64_t nbytes) noexcept nogil:
+    cdef Frame_t *f = &w.ring[w.sent_frames & (FRAMES - 1)]
+    f.bytes = nbytes
+    f.flight = w.sent - w.acked + nbytes
+    f.sent_ns = now_ns()
+    f.block = b
+    f.count = n
+    f.part = part
 
 
 cdef int emit_data(Wire_t *w, int fd, uint32_t part, uint64_t b, uint32_t n, const char *data, uint64_t nbytes,
@@ -121,11 +137,11 @@ cdef int push_all(Wire_t *w, uint32_t epoch, int fd, char *buffer, void *codec) 
             return -ENOTCONN
         phase = u32_load(&w.phase)
         if w.acked != w.sent or phase == PH_POSTCOPY:
-            err = take_acks(w, fd, w.sent - w.acked >= w.window or ring_full(w))
-            if err == -ETIMEDOUT and u32_load(&w.connected):
-                return err
+            err = take_acks(w, fd, push_full(w))
             if err != 0:
                 return err
+            if push_full(w):
+                continue
         if phase == PH_POSTCOPY or u32_load(&w.round):
             err = push_next(w, fd, buffer, phase == PH_POSTCOPY, codec)
             if err <= 0:
@@ -148,26 +164,37 @@ cdef int push_all(Wire_t *w, uint32_t epoch, int fd, char *buffer, void *codec) 
     return err if err != 0 else -ENOTCONN
 
 
-cdef inline bint ring_full(Wire_t *w) noexcept nogil:
-    return w.sent_frames - w.handed >= FRAMES - PUSH_FRAMES
+cdef bint push_full(Wire_t *w) noexcept nogil:
+    """Whether enough is under way. Two frames always may be, so that the connection does not lie idle."""
+    cdef uint64_t frames = w.sent_frames - w.handed
+    if frames and now_ns() > w.trip_until_ns:
+        return True                         # the next one is to travel alone, and its time is measured
+    if frames >= FRAMES - PUSH_FRAMES:
+        return True
+    return frames >= 2 and w.sent - w.acked + u64_max(push_bytes(w), <uint64_t>1 << w.part[w.at_part].shift) > w.window
+
+
+cdef inline uint64_t push_bytes(Wire_t *w) noexcept nogil:
+    """Of one frame, where a block is not larger."""
+    return u64_min(PUSH_BYTES, w.window / 4)
 
 
 cdef void send_again(Wire_t *w) noexcept nogil:
     """Of a connection that broke: what was sent and not acknowledged. The destination can't tell that it is missing: it
     may have the block as it was in a round before."""
     cdef uint64_t k, b
-    cdef uint32_t i
+    cdef Frame_t *f
     for k in range(w.handed, w.sent_frames):
-        i = w.ring_part[k & (FRAMES - 1)]
-        for b in range(w.ring_block[k & (FRAMES - 1)], w.ring_block[k & (FRAMES - 1)] + w.ring_count[k & (FRAMES - 1)]):
-            bit_set(w.part[i].todo, b)
+        f = &w.ring[k & (FRAMES - 1)]
+        for b in range(f.block, f.block + f.count):
+            bit_set(w.part[f.part].todo, b)
 
 
 cdef int take_acks(Wire_t *w, int fd, bint wait) noexcept nogil:
     """Reads what the destination acknowledged; wait: at least once. 0 or -errno."""
     cdef wire_head head
+    cdef Frame_t *f = NULL
     cdef size_t got = 0
-    cdef uint64_t now, ns, bytes, k
     cdef int err
     while wait or wire_ready(fd, <short>POLLIN, 0) == 0:
         got = 0
@@ -176,22 +203,32 @@ cdef int take_acks(Wire_t *w, int fd, bint wait) noexcept nogil:
             return err
         if head.kind != W_ACK or head.nbytes or head.extra > w.sent_frames or head.extra < w.handed:
             return -EPROTO
-        bytes = 0
         while w.handed < head.extra:
-            bytes += w.ring_bytes[w.handed & (FRAMES - 1)]
+            f = &w.ring[w.handed & (FRAMES - 1)]
+            w.acked += f.bytes
             if w.release and u32_load(&w.phase) == PH_POSTCOPY:
-                k = w.handed & (FRAMES - 1)
-                source_release(w, w.ring_part[k], w.ring_block[k], w.ring_count[k])
+                source_release(w, f.part, f.block, f.count)
             w.handed += 1
-        w.acked += bytes
-        now = now_ns()
-        ns = now - w.ack_ns
-        w.ack_ns = now
-        if ns and bytes and ns < SECOND_NS:
-            bytes = u64_min(bytes * QUEUE_NS / ns, 8 << 20)
-            w.window = u64_max((w.window * 7 + bytes) / 8, 2 * PUSH_BYTES)
+        if f != NULL:
+            window_set(w, f)
         wait = False
     return 0
+
+
+cdef void window_set(Wire_t *w, Frame_t *f) noexcept nogil:
+    """After a frame was acknowledged: how much may be under way. As much as keeps the connection busy, and QUEUE_NS
+    more; the frame's own time tells how much more there was."""
+    cdef uint64_t now = now_ns(), ns = now - f.sent_ns, fair
+    if now > w.trip_until_ns and f.flight == f.bytes:
+        w.trip_until_ns = now + TRIP_NS
+        w.trip_ns = ns
+    w.trip_ns = u64_min(w.trip_ns, ns)
+    if ns < w.trip_ns + QUEUE_NS / 2:       # hardly a queue: twice as much, if it was used
+        w.window = u64_max(w.window, u64_min(2 * f.flight, WINDOW_BYTES))
+    elif ns > w.trip_ns + QUEUE_NS:
+        fair = <uint64_t>(<double>f.flight * <double>(w.trip_ns + QUEUE_NS) / <double>ns)
+        if fair < w.window:
+            w.window = u64_max(w.window - (w.window - fair) / 8, 64 << 10)
 
 
 cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noexcept nogil:
@@ -214,7 +251,7 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noex
         pace(w)
         return 0
     first = b
-    most = <uint32_t>u64_max((u64_min(PUSH_BYTES, rate / 64) if rate else PUSH_BYTES) >> p.shift, 1)
+    most = <uint32_t>u64_max((u64_min(push_bytes(w), rate / 64) if rate else push_bytes(w)) >> p.shift, 1)
     if p.region_id == 0 and not p.whole and (b == 0 or b == p.blocks - 1):
         most = 1                            # a block at an end may be sent from elsewhere
     while n < most and b < p.blocks and (n == 0 or p.region_id or p.whole or b < p.blocks - 1) and bit_take(p.todo, b):

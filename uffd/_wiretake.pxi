@@ -2,7 +2,8 @@
 #
 # Uses:     _wire.pxi; the fills of _fill.pxi, room of _room.pxi, discard of _evict.pxi
 # Provides: wire_spare, wire_error, wire_pending (asked by fills of a region that a migration brings);
-#           receive_push_main, receive_ask_main, gate_main (its threads); give_verdict, say_paused, ask_again
+#           receive_push_main, receive_ask_main, gate_main (its threads); give_verdict, say_paused, ask_again;
+#           wires_wait (asked by the keeper)
 
 cdef uint64_t SPREAD = <uint64_t>0x9E3779B9 << 32 | 0x7F4A7C15      # the golden ratio: hashes block numbers
 
@@ -66,7 +67,8 @@ cdef void part_clear(Region_t *r, Part_t *p, uint64_t b) noexcept nogil:
     cdef uint32_t word
     if not bit_take(p.todo, b):
         return
-    bit_take(p.dirty, b)
+    if bit_take(p.dirty, b):
+        note_came(p.wire, <uint32_t>(p - p.wire.part), b)
     fence_seq()
     word = u32_load(&r.state[b])
     if word & STATE_MASK == MISSING and word & WAITERS:
@@ -84,8 +86,13 @@ cdef inline Ask *ask_of(Wire_t *w, uint32_t part, uint64_t b) noexcept nogil:
 cdef void wire_toucher(Region_t *r, uint64_t b, uint32_t tid) noexcept nogil:
     """That thread waits for the block; before it is asked for. (Who touches it next is not told.)"""
     cdef Part_t *p = r.part
-    if p != NULL and not p.wire.source and bit_of(p.todo, b) and not bit_of(p.dirty, b):
-        u32_store(&ask_of(p.wire, <uint32_t>(p - p.wire.part), b).tid, tid)
+    cdef Ask *a
+    if p == NULL or p.wire.source or not bit_of(p.todo, b):
+        return
+    a = ask_of(p.wire, <uint32_t>(p - p.wire.part), b)
+    u32_store(&a.touched, 1)
+    if not bit_of(p.dirty, b):
+        u32_store(&a.tid, tid)
 
 
 cdef void ask_for(Part_t *p, uint64_t b) noexcept nogil:
@@ -149,6 +156,7 @@ cdef void note_came(Wire_t *w, uint32_t part, uint64_t b) noexcept nogil:
     ns = now_ns() - a.since_ns
     u64_store(&a.key, 0)
     u32_store(&a.tid, 0)                    # a call asks for blocks, too, and is no touch
+    u32_store(&a.touched, 0)
     bucket = u64_log2(ns)
     u64_add(&w.latency[bucket if bucket < BUCKETS else BUCKETS - 1], 1)
     u64_add(&w.blocked_ns, ns)
@@ -200,7 +208,7 @@ cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, char *buffer, void
             err = take_blocks(w, fd, &head, epoch, buffer, asks, codec)
             if err == 0 and not asks:
                 w.handed += 1
-                if w.handed & 3 == 0 or wire_ready(fd, <short>POLLIN, 0) != 0:
+                if head.extra or w.handed & 3 == 0 or wire_ready(fd, <short>POLLIN, 0) != 0:
                     err = frames_placed(w, fd)
     return err
 
@@ -293,8 +301,6 @@ cdef int place_blocks(Wire_t *w, Part_t *p, Region_t *r, wire_head *h, char *buf
             err = place_bad(w, p, r, b)
         else:
             err = place_run_of(w, p, r, b, <uint32_t>(end - b), buffer + ((b - h.block) << p.shift), &n)
-        if p.dirty[b >> 6] >> (b & 63) & 1 or asked:
-            note_came(w, h.part, b)
         b += n
     u64_add(&w.blocks[M_ZERO if h.kind == W_ZEROS else kind], h.count)
     u64_add(&w.bytes[M_ZERO if h.kind == W_ZEROS else kind],
@@ -563,6 +569,67 @@ cdef bint give_verdict(Wire_t *w, int why) noexcept nogil:
             uf_wake(r.fd, <uint64_t>r.base, r.span)
         region_release(r)
     return True
+
+
+cdef bint wires_wait(Engine_t *e, uint64_t now) noexcept nogil:
+    """By the keeper: whether a touch has waited long for a migration; the user is told, each half minute."""
+    cdef Wire_t *w
+    cdef Wire_t *told = NULL
+    cdef uint64_t key = 0, since, told_key = 0, told_ns = 0
+    cdef bint waiting = False
+    if wires == NULL:
+        return False
+    pthread_mutex_lock(&registry_lock)
+    w = wires
+    while w != NULL:
+        since = longest_touch(w, &key) if w.engine == e and u32_load(&w.verdict) == 0 else 0
+        if since == 0 or now < since + PATIENCE_NS:
+            w.said_ns = 0
+        else:
+            waiting = True
+            if told == NULL and (w.said_ns == 0 or now - w.said_ns > 30 * SECOND_NS):
+                w.said_ns = now
+                u32_add(&w.refs, 1)
+                told = w
+                told_key = key
+                told_ns = now - since
+        w = w.next
+    pthread_mutex_unlock(&registry_lock)
+    if told != NULL:
+        say_wire_waits(told, told_key, told_ns)
+        wire_release(told)
+    return waiting
+
+
+cdef uint64_t longest_touch(Wire_t *w, uint64_t *key) noexcept nogil:
+    """Since when, and for which block (part << 44 | number); 0: nobody waits. Those whose place another request has
+    taken are left out."""
+    cdef uint64_t found = 0, k, since
+    cdef uint32_t i
+    for i in range(<uint32_t>WIRE_ASKS if u64_load(&w.left) else 0):
+        k = u64_load(&w.ask[i].key)
+        since = u64_load(&w.ask[i].since_ns)
+        if k and u32_load(&w.ask[i].touched) and (found == 0 or since < found):
+            found = since
+            key[0] = k - 1
+    return found
+
+
+cdef void say_wire_waits(Wire_t *w, uint64_t key, uint64_t age_ns) noexcept nogil:
+    cdef Region_t *r = region_acquire(w.part[key >> 44].region_id)
+    cdef line l
+    if r == NULL:
+        return
+    l.n = 0
+    describe_block(&l, r, key & ((<uint64_t>1 << 44) - 1))
+    region_release(r)
+    line_text(&l, b"waited for since ")
+    line_number(&l, age_ns / SECOND_NS)
+    line_text(&l, b" s, from the source of its migration")
+    if not u32_load(&w.connected):
+        line_text(&l, b", the connection to which is gone: until that calls recover()")
+    line_text(&l, b" (Ctrl-C twice gives up)")
+    line_say(&l)
 
 
 cdef void say_paused(Wire_t *w, int err) noexcept nogil:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import operator
 import os
 import threading
@@ -28,6 +29,13 @@ _default_lock = threading.Lock()
 _told_user_mode = False
 
 
+def shows_its_arguments(cls: type) -> type:
+    """A decorator of classes whose __new__ only chooses a class: help() and editors show what __init__ takes."""
+    cls.__new__.__signature__ = inspect.signature(cls.__init__)     # type: ignore[misc, attr-defined]
+    return cls
+
+
+@shows_its_arguments
 class Engine:
     """Worker threads, page buffers and a byte budget for any number of regions.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _budget, _unwritten, keys
 from ._coreless import core as _core
-from .engine import Engine, default_engine, fills_whole, require_userfaultfd
+from .engine import Engine, default_engine, fills_whole, require_userfaultfd, shows_its_arguments
 from .errors import BudgetError, DegradedWarning, ProviderError, RegionClosed, Unavailable
 from .stats import Stats
 
@@ -37,6 +37,7 @@ _HOST_CAUSES = {
 _by_base: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
 
 
+@shows_its_arguments
 class Region(_core.Region):
     """`nbytes` of memory whose blocks come from `provider` at the first touch.
 

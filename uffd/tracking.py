@@ -23,10 +23,12 @@ def track(x: Any) -> Tracker:
     x: a `Region`, an array of one, or any other writable array or buffer (np.zeros, a small array on the heap, a torch
     CPU tensor's `.numpy()`, shared memory, a shared file mapping such as np.memmap). TypeError for dtypes of Python
     objects; ValueError for read-only or empty arrays and for memory that somebody else's userfaultfd has; Unavailable,
-    with the cure, where the kernel can't do it (regions: Linux 5.7; other memory: 6.7 with WP_ASYNC).
+    with the cure, where the kernel can't do it (regions: Linux 5.7; other memory: 6.7 with WP_ASYNC, or 5.18 with a
+    full userfaultfd, then no mappings of files).
 
     Costs: regions pay a fault for the first write to each page since the last reset (some 10 us), other memory about
-    1 us, without a fault that a thread of ours serves. What other processes write to shared memory is not seen.
+    1 us, without a fault that a thread of ours serves (before Linux 6.7 as regions). What other processes write to
+    shared memory is not seen.
     """
     return Tracker(x)
 

@@ -122,15 +122,16 @@ class Keeps(Pattern):
         if self.later:
             self.later.cancel()
             self.later.join()               # whatever it writes from now on, it would write to what read() fills here
-        self.scribble()
+        scribble(self.kept)
         out[:] = pattern(offset, len(out))
         self.kept.append(out)
-        self.later = threading.Timer(0.3, self.scribble)
+        self.later = threading.Timer(0.3, scribble, [self.kept])
         self.later.start()
 
-    def scribble(self):
-        for out in self.kept:
-            out[:] = 0xEE
+
+def scribble(kept):
+    for out in kept:
+        out[:] = 0xEE
 
 
 class Offers(Pattern):
@@ -151,6 +152,24 @@ class Many(Pattern):
         for offset, out in requests:
             out[:] = pattern(offset, len(out))
         time.sleep(0.02)
+
+
+class Waits(Pattern):
+    """Takes neighbouring requests together; nothing goes on before the file `gate` is there."""
+
+    def __init__(self, nbytes, log, gate):
+        super().__init__(nbytes, log)
+        self.gate = gate
+
+    def read(self, offset, out):
+        self.read_many([(offset, out)])
+
+    def read_many(self, requests):
+        self.note("asked " + " ".join(str(offset // BLOCK) for offset, _ in requests))
+        while not os.path.exists(self.gate):
+            time.sleep(0.01)
+        for offset, out in requests:
+            out[:] = pattern(offset, len(out))
 
 
 class Slow(Pattern):

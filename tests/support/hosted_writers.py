@@ -185,3 +185,21 @@ class Buffered(Store):
                 os.pwrite(self.fd, data, offset)
             self.pending.clear()
         super().flush()
+
+
+class OffersOld(Store):
+    """Whoever is asked for the first block takes a copy of all of the file, waits for the test, and offers it."""
+
+    concurrency = 4
+
+    def read(self, offset, out):
+        if offset:
+            super().read(offset, out)
+            return
+        old = np.fromfile(self.path, np.uint8)
+        self.note("copied")
+        deadline = time.monotonic() + GATE_S
+        while not os.path.exists(f"{self.path}.open") and time.monotonic() < deadline:
+            time.sleep(0.002)
+        out[:] = old[:len(out)]
+        self.note(f"offered {self.offer(BLOCK, old[BLOCK:])}")

@@ -24,6 +24,7 @@ __all__ = ["Fsspec"]
 _PIECE_BYTES_MAX = 4 << 20          # neighbouring requests are fetched as one up to this size
 _GAP_BYTES_MAX = 64 << 10           # what lies between them is fetched too, and dropped: it costs less than a request
 _REQUESTS_AT_ONCE = 16              # of one call of read_many
+_READ_BYTES = 1 << 20
 _CONNECT_TIMEOUT_S = 10.0
 _SILENCE_TIMEOUT_S = 20.0           # below the 30 s of a region, so that the error names the cause
 
@@ -280,7 +281,8 @@ class _Http:
         self._url = url
         self._opened: tuple[int, Any] | None = None
         self._errors = (aiohttp.ClientError, OSError, TimeoutError)
-        self._options = dict(fs.kwargs)
+        # a buffer that holds what a socket gives at once: else it is stopped and started again for each 64 KiB
+        self._options = {"read_bufsize": _READ_BYTES, **fs.kwargs}
         self._headers = dict(self._options.pop("headers", None) or {})
         if "timeout" not in self._options and "timeout" not in fs.client_kwargs:
             self._options["timeout"] = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT_S,

@@ -26,8 +26,8 @@ _series: weakref.WeakValueDictionary[str, Snapshot] = weakref.WeakValueDictionar
 
 @dataclass(frozen=True)
 class Report:
-    """What an image cost. pause_ns: how long the call that fixed the instant held the program up (of a fork, the fork;
-    else until the arrays were protected). total_ns: from there until the file was durable and had its name. nbytes: of
+    """What an image cost. pause_ns: for how long the instant held the program's writers up (of a fork, the fork; else
+    while the arrays were protected). total_ns: from there until the file was durable and had its name. nbytes: of
     the arrays. blocks: units of 64 KiB of them that hold data in this file. file_bytes: its length; disk_bytes: the
     room it takes, less where arrays were never written. base: the file that an incremental image builds upon, or None.
     details: the method's own figures."""
