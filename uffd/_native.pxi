@@ -131,7 +131,7 @@ cdef int file_store(void *self, uint32_t slot, uint64_t offset, const void *bloc
 
 cdef int file_store_direct(void *self, uint32_t slot, uint64_t offset, const void *block,
                            size_t nbytes) noexcept nogil:
-    """Past the page cache, where the file takes it: the odd end, and all of a region at an odd offset, go through it."""
+    """Past the page cache, where the file takes it: the odd end, and a region at an odd offset, go through it."""
     cdef FileSource *f = <FileSource *>self
     cdef uint64_t lead = (f.offset + offset) & (PAGE - 1), whole = align_down(nbytes, PAGE) if lead == 0 else 0
     cdef int err = pwrite_all(f.fd, <const char *>block, whole, f.offset + offset)
