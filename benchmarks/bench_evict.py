@@ -112,11 +112,9 @@ def test_packed(benchmark: Any) -> None:
             with uffd.Engine(budget_bytes=BUDGET_BYTES) as engine:
                 with uffd.Region(NBYTES, uffd.providers.Scratch(compress=compress), engine=engine,
                                  block_bytes=BLOCK_BYTES) as region:
-                    array = region.array()
-                    yield lambda: timed(lambda: written_and_read(array, data))
+                    yield lambda: timed(lambda: written_and_read(region.array(), data))
                     stats = region.stats()
                     shares[data is soft, compress] = 100 * stats.bytes_stored / stats.bytes_written
-                    del array
         return side
 
     compare(benchmark, "evict-packed", through(hard, "zstd"), {"Scratch()": through(hard, None)},

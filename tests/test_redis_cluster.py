@@ -231,6 +231,37 @@ def test_what_was_flushed_survives_a_master(own_cluster, opened):
     assert np.array_equal(read(opened(own_cluster.masters()[0].url), 0, len(data)), some_bytes(2000 * SMALL, 2))
 
 
+@pytest.mark.deadline(120)
+def test_a_flush_waits_for_the_namespace_itself(own_cluster, opened):
+    """Goal: what a namespace is made of is on each shard's replica, too, when the first flush returns: else a failover
+    of a shard that has none of the blocks would take the namespace away. Method: one block is written, and a replica
+    of another shard stands still."""
+    provider = opened(own_cluster.url, durable="wait", timeout_s=4.0)
+    provider.write(0, some_bytes(SMALL))
+    ours = master_of(own_cluster, Keys("space").index(group_of(0)))
+    other = next(server for server in own_cluster.masters() if server is not ours)
+    port = int(other.do("INFO", "replication")["slave0"]["port"])
+    replica = next(server for server in own_cluster.servers if server.port == port)
+    replica.signal(signal.SIGSTOP)
+    with pytest.raises(OSError, match="0 of 1 replicas") as caught:
+        provider.flush()
+    assert caught.value.errno == errno.ETIMEDOUT and str(other.port) in str(caught.value)
+    replica.signal(signal.SIGCONT)
+    redisserver.wait_until(lambda: flushes(provider), "no flush once it goes on", 40)
+    replica.signal(signal.SIGSTOP)
+    provider.write(0, some_bytes(SMALL, 2))
+    provider.flush()                             # from then on, only what was written
+    replica.signal(signal.SIGCONT)
+
+
+def flushes(provider):
+    try:
+        provider.flush()
+    except OSError:
+        return False
+    return True
+
+
 def test_a_slot_that_moves(cluster, opened):
     """MOVED is followed; while a slot is on its way, commands of several of its keys wait (TRYAGAIN)."""
     provider, data = opened(cluster.url), some_bytes(16 * SMALL)

@@ -102,6 +102,26 @@ def test_a_block_that_changes_gives_room_back_and_takes_it_again(make, folder):
     del array
 
 
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_what_is_discarded_is_given_back(make, folder, compress):
+    """Goal: blocks that were spilled and are discarded take no room in the file any more, whether they are in memory
+    or not, and read zeros; the others are as they were."""
+    region = make(32 * 4 * PAGE, providers.Scratch(compress), block_bytes=4 * PAGE, readahead_bytes=0)
+    array = region.array("u1", (32, 4 * PAGE))
+    array[:] = pattern(0, array.size).reshape(array.shape)
+    region.evict()
+    assert disk_bytes(folder) == array.size
+    assert array[5, 0] == pattern(5 * 4 * PAGE, 1)[0]        # back in memory
+    region.discard((0, 16 * 4 * PAGE))
+    assert disk_bytes(folder) == array.size // 2
+    assert not array[:16].any()
+    np.testing.assert_array_equal(array[16:].reshape(-1), pattern(array.size // 2, array.size // 2))
+    array[3] = 7
+    region.evict()
+    assert (array[3] == 7).all() and not array[:3].any()
+    del array
+
+
 def test_an_image_of_memory_reads_it(make, where, engine, tmp_path):
     """Goal: who reads blocks that are not in memory, past the region, gets what was packed, too."""
     if where.delivery == "inline":
@@ -248,6 +268,30 @@ for n in range(64):
     assert np.array_equal(a[n], model[n]), n
 assert r.stats().bytes_stored < r.stats().bytes_written
 """, 60, where=where).check()
+
+
+def test_a_child_keeps_what_its_parent_discards(where):
+    """Goal: both read one spill file; what the parent gives up is the child's all the same."""
+    run_script(FEW + """
+for n in range(32):
+    a[n] = right(n)
+r.evict()
+go = os.pipe()
+pid = os.fork()
+if not pid:
+    os.read(go[0], 1)
+    os._exit(0 if all(np.array_equal(a[n], right(n)) for n in range(32)) else 1)
+r.discard((0, 16 * SIZE))
+for n in range(16):
+    assert not a[n].any()
+    a[n] = right(7)
+r.evict()
+os.write(go[1], b"x")
+assert wait_for_child(pid, 20) == 0
+r.discard((0, 8 * SIZE))
+for n in range(32):
+    assert np.array_equal(a[n], right(7 if n < 16 else n)) if n >= 8 else not a[n].any(), n
+""", 40, where=where).check()
 
 
 def test_many_readers_at_once(make, engine):

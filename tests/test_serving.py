@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import uffd
-from support import fallback
+from support import fallback, matrix
 from support.native import controlled
 from support.pattern import pattern
 from support.scripts import run_script
@@ -121,6 +121,20 @@ def test_figures_are_those_of_engine_and_regions(path, engine, make):
     assert (told["format"], told["pid"], told["engine"]["workers"]) == (1, os.getpid(), 2)
     assert region.resident().sum() == 3
     del array
+
+
+def test_what_is_pinned_is_told(path, engine, make):
+    """Goal: the bytes that are pinned, in both formats, and none of them afterwards."""
+    pytest.importorskip("prometheus_client")
+    if matrix.filled_whole():
+        pytest.skip("the fallback counts no pins")
+    region = make(NBYTES, providers.Zero(), block_bytes=BLOCK)
+    with engine.serve(path):
+        assert fresh_stats(path)["engine"]["pinned_bytes"] == 0
+        with region.pinned((BLOCK, 3 * BLOCK)):
+            assert fresh_stats(path)["engine"]["pinned_bytes"] == 2 * BLOCK
+            assert f"uffd_pinned_bytes {float(2 * BLOCK)}".encode() in ask(path, "/metrics")[2]
+        assert fresh_stats(path)["engine"]["pinned_bytes"] == 0
 
 
 @pytest.mark.parametrize("blocks", [1, 4095, 4097, 20000])

@@ -715,6 +715,28 @@ def test_a_file_at_an_offset(make, tmp_path):
     del array
 
 
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 6 * PAGE), (0, 5 * PAGE + 1001), (3 * PAGE, 5 * PAGE + 7),
+                                                (512, 6 * PAGE), (100, 5 * PAGE + 1)])
+def test_a_file_past_the_page_cache(make, tmp_path, offset, nbytes):
+    """Goal: what is written goes back by O_DIRECT, or beside it where neither the file nor the disk is of whole pages;
+    it is read again as it was written, and the bytes around are left alone."""
+    path = tmp_path / "data"
+    pattern(0, offset + nbytes).tofile(path)
+    try:
+        provider = providers.File(path, offset, writable=True, direct=True)
+    except OSError as error:
+        pytest.skip(f"no O_DIRECT here: {error}")
+    region = make(None, provider, block_bytes=2 * PAGE, retries=0)
+    array, right = region.array(), pattern(0, offset + nbytes).copy()
+    for turn in range(3):
+        array[turn::3] = right[offset + turn::3] = turn + 1
+        region.flush() if turn else region.evict()
+        np.testing.assert_array_equal(np.fromfile(path, "u1"), right)
+        region.evict()
+        np.testing.assert_array_equal(array, right[offset:])
+    del array
+
+
 def test_a_file_that_is_not_writable(make, tmp_path):
     path = tmp_path / "data"
     pattern(0, PAGE).tofile(path)

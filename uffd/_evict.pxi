@@ -660,6 +660,7 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
                 return b
             if claim(s, r, b, MISSING):
                 mark_block(r, b)
+                spill_forget(r, b)
                 publish_as(r, b, 1, MISSING, 0)
             critical_leave(s)
         elif state == CLEAN or state == DIRTY or state == POOLED or state == POOLED_DIRTY:
@@ -679,6 +680,8 @@ cdef bint discard_block(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexce
         return False
     if u32_load(&r.state[b]) & SPILLED or is_dirty(state):
         mark_block(r, b)
+    if u32_load(&r.state[b]) & SPILLED:
+        spill_forget(r, b)
     if state == POOLED or state == POOLED_DIRTY:
         leave_pool(s, r, b, 0)
     else:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._coreless import core as _core
 from ._rates import FORMAT
 from .errors import RegionClosed
 from .stats import LatencyHistogram, Stats
@@ -104,9 +105,10 @@ def _json(figures: dict[str, Any]) -> bytes:
 
 def _room(engine: Any, regions: Iterable[dict[str, Any]]) -> dict[str, Any]:
     resident = getattr(engine, "resident_bytes", None)
+    threads = None if engine.fills_whole else engine._threads
     return {"budget_bytes": getattr(engine, "budget_bytes", None),
             "resident_bytes": sum(region["resident_bytes"] for region in regions) if resident is None else resident,
-            "pinned_bytes": getattr(engine, "pinned_bytes", None)}
+            "pinned_bytes": None if threads is None else _core.budget(threads)[2]}
 
 
 def _region(region: Region, number: int, limit: int) -> dict[str, Any] | None:

@@ -75,6 +75,7 @@ cdef extern from "_imagefile.h" nogil:
 cdef struct FileSource:
     int fd
     uint64_t offset             # of the region's byte 0 in the file
+    int plain_fd                # O_DIRECT: without it, for what is written and not of whole pages; or -1
     char *bounce[MAX_SLOTS]     # O_DIRECT: aligned buffers, one per slot, mapped at its first fill
 
 cdef struct NativeSource:
@@ -128,6 +129,16 @@ cdef int file_store(void *self, uint32_t slot, uint64_t offset, const void *bloc
     return pwrite_all(f.fd, <const char *>block, nbytes, f.offset + offset)
 
 
+cdef int file_store_direct(void *self, uint32_t slot, uint64_t offset, const void *block,
+                           size_t nbytes) noexcept nogil:
+    """Past the page cache, where the file takes it: the odd end, and a region at an odd offset, go through it."""
+    cdef FileSource *f = <FileSource *>self
+    cdef uint64_t lead = (f.offset + offset) & (PAGE - 1), whole = align_down(nbytes, PAGE) if lead == 0 else 0
+    cdef int err = pwrite_all(f.fd, <const char *>block, whole, f.offset + offset)
+    return err if err != 0 else pwrite_all(f.plain_fd, <const char *>block + whole, nbytes - whole,
+                                           f.offset + offset + whole)
+
+
 cdef int file_sync(void *self) noexcept nogil:
     cdef FileSource *f = <FileSource *>self
     return -errno if fdatasync(f.fd) != 0 else 0
@@ -170,6 +181,7 @@ cdef class Filler:
 
     def __cinit__(self):
         self.file.fd = -1
+        self.file.plain_fd = -1
 
     def __dealloc__(self):
         cdef int i
@@ -177,6 +189,8 @@ cdef class Filler:
             PyBuffer_Release(&self.view)
         if self.file.fd >= 0:
             close(self.file.fd)
+        if self.file.plain_fd >= 0:
+            close(self.file.plain_fd)
         for i in range(MAX_SLOTS):
             if self.file.bounce[i] != NULL:
                 munmap(self.file.bounce[i], MAX_BLOCK_BYTES + 2 * PAGE)
@@ -227,8 +241,10 @@ cdef class Filler:
 
     @staticmethod
     def open_file(int fd, uint64_t offset, nbytes, bint direct, bint writable):
-        """Takes the descriptor over."""
+        """Takes the descriptor over, unless it raises OSError."""
         cdef Filler f = Filler()
+        if direct and writable:
+            f.file.plain_fd = _os.open(f"/proc/self/fd/{fd}", _os.O_WRONLY | _os.O_CLOEXEC)
         f.remake = lambda: Filler.open_file(_os.dup(fd), offset, nbytes, direct, writable)
         f.kind = "file"
         f.nbytes = nbytes
@@ -238,7 +254,7 @@ cdef class Filler:
         f.fill.call = &file_fill_direct if direct else &file_fill
         if writable:
             f.fill.writes = True
-            f.fill.store = &file_store
+            f.fill.store = &file_store_direct if direct else &file_store
             f.fill.sync = &file_sync
         f.fill.self = &f.file
         f.fill.inline_safe = True

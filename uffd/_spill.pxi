@@ -1,8 +1,8 @@
 # The spill file: where the cold blocks of private memory lie, as they are or compressed.
 #
 # Uses:     _codec.h; page_round, block_span of _fill.pxi; recycled_buffer of _room.pxi, slot_buffer of _life.pxi
-# Provides: spill_write (the writer), spill_read (a fill), spill_fetch (one block), spill_took, spill_fork, spill_close;
-#           unpackers_make, _forked, packer_free; pread_all, pwrite_all
+# Provides: spill_write (the writer), spill_read (a fill), spill_fetch (one block), spill_took, spill_fork,
+#           spill_forget (discard), spill_close; unpackers_make, unpackers_forked, packer_free; pread_all, pwrite_all
 #
 # Without a name: gone with the process. A block lies in it where it lies in the region, so it is as sparse as they are.
 # Compressed (Region.packed is there), a block is an image of whole pages at its place, and the rest of its place is a
@@ -260,6 +260,17 @@ cdef void spill_fork(Region_t *r) noexcept nogil:
     again; both sides go on in files of their own."""
     if r.spills != NULL and u32_swap(&r.spills.written, 0):
         u32_add(&r.spills.epoch, 1)
+
+
+cdef void spill_forget(Region_t *r, uint64_t b) noexcept nogil:
+    """A spilled block that its owner gives up: its place in the file is the file system's again, unless a forked child
+    may still read it."""
+    cdef uint32_t epoch = r.spill[b]
+    if epoch == u32_load(&r.spills.epoch):
+        fallocate(r.spills.file[epoch], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <int64_t>(b << r.shift),
+                  <int64_t>block_span(r, b))
+        if r.packed != NULL:
+            r.packed[b] = 0
 
 
 cdef void spill_close(Region_t *r) noexcept nogil:

@@ -123,7 +123,8 @@ class File(_NativeProvider):
     """The bytes of a local file from `offset` on, read by pread in the worker.
 
     nbytes is what the file held when it was opened. A file that has become shorter since, or a short read, is an error
-    (ENODATA), never zeros. direct: past the page cache (O_DIRECT), for files far larger than memory. writable: a region
+    (ENODATA), never zeros. direct: past the page cache (O_DIRECT), for files far larger than memory; what is
+    written and is not of whole pages passes through it. writable: a region
     over it writes back what was written (mode "r+"), by pwrite; `flush` is fdatasync. A crash in between may leave a
     block half written, unless it has checksums. The file keeps its size. It is opened here (OSError).
 

@@ -466,16 +466,22 @@ class Redis(Provider):
 
     def _flush_groups(self, live: _Live, groups: set[int], deadline: float) -> None:
         keys = self._space.keys
-        order = sorted(groups)
+        first = self.durable != "ack" and not live.is_durable    # a shard that has none of ours may lack the namespace
+        order = list(range(GROUPS)) if first else sorted(groups)
         commands: list[Command] = [(keys.index(group), layout.evaluated(
             layout.TOUCH, [keys.index(group)], *self._right(live, group))) for group in order]
+        if first:
+            commands.append((keys.head, layout.evaluated(layout.MOVE_STATE, [keys.head],
+                                                         f"{self._space.generation:016x}", "ready", "ready")))
         if self.durable == "ack" or not commands:
             answers, lasts = live.server.run(commands, deadline), []
         else:
             wait_ms = int(live.server.socket_timeout_s * 800)    # ends before the socket's patience does
             last = (("WAIT", self.replicas, wait_ms) if self.durable == "wait" else ("WAITAOF", 1, 0, wait_ms))
             told = live.server.run_on_each(commands, last, deadline)
-            answers, lasts = [reply for _, reply in told[:len(order)]], told[len(order):]
+            answers, lasts = [reply for _, reply in told[:len(commands)]], told[len(commands):]
+        if first:
+            self._check_answer(live, 0, *answers.pop())
         for group, (word, number) in zip(order, answers, strict=True):
             self._check_answer(live, group, word, number)
         for address, reply in lasts:
@@ -485,6 +491,7 @@ class Redis(Provider):
                 raise store.problem(live.server, self.namespace, errno.ETIMEDOUT, f'durable="{self.durable}": {what} '
                                     f"what was written to {address}, after {wait_ms} ms. See INFO "
                                     f"{'replication' if self.durable == 'wait' else 'persistence'} there; flush again")
+        live.is_durable = live.is_durable or first
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,6 +517,7 @@ class _Live:
     read_at: dict[int, int]                      # see Lease
     lease: Lease
     locks: list[threading.Lock] = field(default_factory=lambda: [threading.Lock() for _ in range(GROUPS)])
+    is_durable: bool = False                     # the namespace itself, on every shard
     _dirty: set[int] = field(default_factory=set)            # groups written since the last flush
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
