@@ -51,6 +51,29 @@ assert checked(r.address, 0, 64 * BLOCK) is None
 """, where=where, preload=shim.path()).check()
 
 
+def test_blocks_that_were_spilled_and_written_again(where):
+    """Goal: the child sees the latest bytes, not those that an earlier eviction put into the spill file. Method: all is
+    spilled; then half of it is written anew, a part of which is spilled anew."""
+    run_script("""
+r = region(64 * BLOCK)
+a = r.array()
+a[:] = 1
+a[32 * BLOCK:] = pattern(32 * BLOCK, 32 * BLOCK)
+assert r.evict() == 64 * BLOCK
+a[:32 * BLOCK] = pattern(0, 32 * BLOCK)
+r.evict(a[:8 * BLOCK])
+a[40 * BLOCK]                                       # back, and clean
+def child():
+    assert checked(r.address, 0, 64 * BLOCK) is None
+    a[3 * BLOCK] ^= 1
+    assert r.evict() > 0                            # pages that parent and child share may stay
+    a[3 * BLOCK] ^= 1
+    assert checked(r.address, 0, 64 * BLOCK) is None
+assert in_child(child) == 0
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where).check()
+
+
 def test_child_without_privilege(where):
     run_script("""
 provider, control = controlled()
