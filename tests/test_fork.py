@@ -74,6 +74,23 @@ assert checked(r.address, 0, 64 * BLOCK) is None
 """, where=where).check()
 
 
+def test_child_discards_what_the_parent_wrote(where):
+    """Goal: discard() in the child has the provider's bytes back, also of blocks that it had not touched yet, in the
+    parent's memory or its spill file; the parent keeps its own."""
+    run_script("""
+r = region(64 * BLOCK)
+a = r.array()
+a[:] = 7
+r.evict(a[:8 * BLOCK])
+def child():
+    r.discard(a[4 * BLOCK:40 * BLOCK])
+    assert (a[:4 * BLOCK] == 7).all() and (a[40 * BLOCK:] == 7).all()
+    assert (a[4 * BLOCK:40 * BLOCK] == 0).all(), np.unique(a[::BLOCK])
+assert in_child(child) == 0
+assert (a == 7).all()
+""", where=where).check()
+
+
 def test_child_without_privilege(where):
     run_script("""
 provider, control = controlled()
