@@ -91,6 +91,21 @@ assert (a == 7).all()
 """, where=where).check()
 
 
+def test_what_a_child_may_read_is_not_discarded(where):
+    """Goal: with shared backing, the parent's discard of what was dirty at a fork is refused, with the reason."""
+    run_script("""
+r = region(8 * BLOCK)
+a = r.array()
+a[:2 * BLOCK] = 7
+assert in_child(lambda: None) == 0
+try:
+    r.discard()
+    assert r.backing == "anon" and (a == 0).all()
+except ValueError as error:
+    assert r.backing == "shared" and "forked" in str(error) and (a[:2 * BLOCK] == 7).all(), error
+""", where=where).check()
+
+
 def test_child_without_privilege(where):
     run_script("""
 provider, control = controlled()
