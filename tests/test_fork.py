@@ -51,6 +51,61 @@ assert checked(r.address, 0, 64 * BLOCK) is None
 """, where=where, preload=shim.path()).check()
 
 
+def test_blocks_that_were_spilled_and_written_again(where):
+    """Goal: the child sees the latest bytes, not those that an earlier eviction put into the spill file. Method: all is
+    spilled; then half of it is written anew, a part of which is spilled anew."""
+    run_script("""
+r = region(64 * BLOCK)
+a = r.array()
+a[:] = 1
+a[32 * BLOCK:] = pattern(32 * BLOCK, 32 * BLOCK)
+assert r.evict() == 64 * BLOCK
+a[:32 * BLOCK] = pattern(0, 32 * BLOCK)
+r.evict(a[:8 * BLOCK])
+a[40 * BLOCK]                                       # back, and clean
+def child():
+    assert checked(r.address, 0, 64 * BLOCK) is None
+    a[3 * BLOCK] ^= 1
+    assert r.evict() > 0                            # pages that parent and child share may stay
+    a[3 * BLOCK] ^= 1
+    assert checked(r.address, 0, 64 * BLOCK) is None
+assert in_child(child) == 0
+assert checked(r.address, 0, 64 * BLOCK) is None
+""", where=where).check()
+
+
+def test_child_discards_what_the_parent_wrote(where):
+    """Goal: discard() in the child has the provider's bytes back, also of blocks that it had not touched yet, in the
+    parent's memory or its spill file; the parent keeps its own."""
+    run_script("""
+r = region(64 * BLOCK)
+a = r.array()
+a[:] = 7
+r.evict(a[:8 * BLOCK])
+def child():
+    r.discard(a[4 * BLOCK:40 * BLOCK])
+    assert (a[:4 * BLOCK] == 7).all() and (a[40 * BLOCK:] == 7).all()
+    assert (a[4 * BLOCK:40 * BLOCK] == 0).all(), np.unique(a[::BLOCK])
+assert in_child(child) == 0
+assert (a == 7).all()
+""", where=where).check()
+
+
+def test_what_a_child_may_read_is_not_discarded(where):
+    """Goal: with shared backing, the parent's discard of what was dirty at a fork is refused, with the reason."""
+    run_script("""
+r = region(8 * BLOCK)
+a = r.array()
+a[:2 * BLOCK] = 7
+assert in_child(lambda: None) == 0
+try:
+    r.discard()
+    assert r.backing == "anon" and (a == 0).all()
+except ValueError as error:
+    assert r.backing == "shared" and "forked" in str(error) and (a[:2 * BLOCK] == 7).all(), error
+""", where=where).check()
+
+
 def test_child_without_privilege(where):
     run_script("""
 provider, control = controlled()

@@ -46,7 +46,7 @@ def test_the_ten_lines_work(tmp_path):
 def test_the_array_larger_than_memory_works(tmp_path):
     """Goal: 320 GB under a budget, as it says. Method: the example as it stands, spilling into an empty directory."""
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-               if "MiB in memory" in block]
+               if "budget_bytes" in block]
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=50,
                           env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
     assert done.returncode == 0, done.stderr

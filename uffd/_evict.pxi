@@ -655,7 +655,7 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
         state = word & STATE_MASK
         if is_busy(state) or word & WRITING:
             return b
-        if state == MISSING and word & SPILLED:
+        if state == MISSING and lies_elsewhere(r, b):
             if image_keeps(s, r, b):
                 return b
             if claim(s, r, b, MISSING):

@@ -134,7 +134,7 @@ cdef void publish(Region_t *r, uint64_t b, uint64_t n, uint32_t state) noexcept 
 
 
 cdef void publish_as(Region_t *r, uint64_t b, uint64_t n, uint32_t state, uint32_t kept) noexcept nogil:
-    """The same; of the sticky flags only `kept` stay."""
+    """The same; of the sticky flags only `kept` stay. None: what was written is given up, wherever it lies."""
     cdef uint64_t i
     cdef uint32_t old, new
     cdef bint asked = False
@@ -144,7 +144,8 @@ cdef void publish_as(Region_t *r, uint64_t b, uint64_t n, uint32_t state, uint32
         old = u32_load(&r.state[i])
         new = state | (old >> GENERATION_SHIFT << GENERATION_SHIFT) | old & kept
         if state & STATE_MASK == MISSING or state & STATE_MASK == POISONED:
-            new |= old & (FROM_PARENT | KEPT)   # set before the first thread ran; WAITERS alone can change beside us
+            if kept:
+                new |= old & (FROM_PARENT | KEPT)   # set before the first thread ran; only WAITERS changes beside us
             if r.writes_back and not r.hosted:
                 sync_left(r, i)
         old = u32_swap(&r.state[i], new)

@@ -268,7 +268,7 @@ cdef int child_make_private(Region_t *r) noexcept nogil:
     while next_known(r, &b, &last):
         while b < last:
             state = r.state[b] & STATE_MASK
-            r.state[b] = MISSING | (FROM_PARENT if is_dirty(state) else 0) | r.state[b] & SPILLED
+            r.state[b] = MISSING | (FROM_PARENT if is_dirty(state) else r.state[b] & SPILLED)   # the newer of both
             child_reads |= is_dirty(state)
             b += 1
     return 0

@@ -12,6 +12,7 @@ import errno
 import faulthandler
 import fcntl
 import functools
+import gc
 import io
 import linecache
 import operator
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -341,6 +343,10 @@ class Host:
                 provider, session.provider = session.provider, None
             if provider is not None:
                 self._quietly(session, provider.close)
+                left = weakref.ref(provider)
+                provider = None
+                if left() is not None:           # in a cycle, with what it holds: a host that is idle collects nothing
+                    gc.collect()
             with self.lock:
                 self.sessions.pop(number, None)
                 self._count_threads()

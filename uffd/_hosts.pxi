@@ -441,6 +441,7 @@ cdef int hosts_child(Engine_t *e) noexcept nogil:
         h.control_fd = -1
         h.pidfd = -1
         h.pid = 0
+        h.owes = 0                          # to the parent's host
         h.state = HOST_DOWN
         h.wanted = 0
         h.kill_generation = 0

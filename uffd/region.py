@@ -26,6 +26,7 @@ __all__ = ["Prefetch", "Region", "chunks", "from_provider", "pinned", "populate"
 Where = None | tuple[int, int] | np.ndarray
 
 _READAHEAD_BYTES = 8 << 20          # the largest window, unless the user says otherwise
+_FOR_CHILDREN = " (with shared backing so is what was dirty at a fork: a forked child reads it there)"
 _RESIDENT = tuple(_core.STATES[name] for name in (
     "clean", "unprotecting", "dirty", "pooled", "pooled_dirty", "evicting", "copying"))
 _BUSY = tuple(_core.STATES[name] for name in ("filling", "evicting", "copying"))
@@ -308,7 +309,8 @@ class Region(_core.Region):
 
     def discard(self, where: Where = None) -> None:
         """Drops the blocks of `where`, and what was written to them and not written back: the next touch has them as
-        the provider does. Blocks while one is busy. ValueError for a block that is pinned; those before it are gone."""
+        the provider does. Blocks while one is busy. ValueError for a block that is pinned or (shared
+        backing) was dirty when the program forked, for a child reads it there; those before it are gone."""
         for start, end in np.asarray(self._runs(where), np.int64).tolist():
             at = start
             while at < end:
@@ -316,7 +318,7 @@ class Region(_core.Region):
                 at = _core.discard(self, at, end)
                 if at < end and _core.is_pinned(self, at):
                     raise ValueError(f"region {self.name!r}: the block at offset {at * self.block_bytes} is pinned, "
-                                     "and can't be discarded")
+                                     "and can't be discarded" + _FOR_CHILDREN * (self.backing == "shared"))
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Writes back all that was written, and has the provider make it durable; blocks until it is.
