@@ -48,6 +48,8 @@ cdef enum:
     WIRE_SLICE_MS = 100
     WIRE_SILENCE_MS = 15000         # a peer that takes nothing, or gives nothing that is due, for so long is gone
 
+cdef uint64_t DEATH_NS = 5000000    # between looks whether a peer whose connection ended is dead
+
 cdef enum:                          # kinds of frames
     # from the source
     W_BLOCKS = 1, W_ZEROS, W_BAD, W_DIRTY, W_PREPARE, W_COMMIT, W_CANCEL, W_RESUME, W_LOST, W_PASS, W_SYNC
@@ -130,6 +132,7 @@ cdef struct Wire_t:
     uint32_t threads                # that run; futex
     uint32_t turn                   # futex of the push thread, and of who waits for a round: changes with every news
     int32_t last_error              # of the connection
+    int peer_fd                     # pidfd of the other side's process, where it is on this machine; -1
     uint32_t told                   # the user was told of the pause
     # destination
     Wire_t *next                    # of those that bring something to this process; under registry_lock
@@ -239,7 +242,17 @@ cdef bint wire_enter(Wire_t *w, uint32_t *epoch) noexcept nogil:
             pthread_mutex_unlock(&w.lock)
             return True
         pthread_mutex_unlock(&w.lock)
-        futex_wait(&w.turn, turn, SECOND_NS)
+        if u32_load(&w.connected) or w.peer_fd < 0 or u32_load(&w.phase) >= PH_COMPLETED:
+            futex_wait(&w.turn, turn, SECOND_NS)
+        elif peer_dead(w):
+            give_verdict(w, ENOTRECOVERABLE)
+        else:
+            futex_wait(&w.turn, turn, DEATH_NS)
+
+
+cdef inline bint peer_dead(Wire_t *w) noexcept nogil:
+    """Known of a process on this machine alone. Its sockets end a moment before it does."""
+    return w.peer_fd >= 0 and wire_ready(w.peer_fd, <short>POLLIN, 0) == 0
 
 
 cdef void wire_leave(Wire_t *w) noexcept nogil:
@@ -334,6 +347,8 @@ cdef int wire_take(Wire_t *w, int fd, void *buffer, size_t nbytes, uint32_t epoc
             return err
         if u32_load(&w.ending) or not u32_load(&w.connected) or u32_load(&w.epoch) != epoch:
             return -ENOTCONN
+        if peer_dead(w):
+            return -ECONNRESET              # a child that it forked has its sockets open
         waited += WIRE_SLICE_MS
         if waited >= WIRE_SILENCE_MS and (due or got):
             return -ETIMEDOUT
@@ -364,6 +379,8 @@ cdef void wire_release(Wire_t *w) noexcept nogil:
     if u32_sub(&w.refs, 1) != 1:
         return
     wire_close_fds(w)
+    if w.peer_fd >= 0:
+        close(w.peer_fd)
     if w.guard_fd >= 0:
         close(w.guard_fd)
     if w.guard_wake >= 0:

@@ -24,6 +24,7 @@ cdef class Wire:
         w.source = source
         w.push_fd = -1
         w.ask_fd = -1
+        w.peer_fd = -1
         w.guard_fd = -1
         w.guard_wake = -1
         w.gate_fd = -1
@@ -82,6 +83,11 @@ cdef class Wire:
     def passes(self, uint32_t part):
         """The part's file is shared by both sides. Before start."""
         self.w.part[part].passed = True
+
+    def watch(self, int pidfd):
+        """The other side's process, on this machine: taken over. When it is dead there is a verdict at once. Before
+        start."""
+        self.w.peer_fd = pidfd
 
     def keep(self, memory):
         """Source: nobody ever frees `memory`, nor this: its writers are stopped, and who frees memory may write to it,

@@ -28,7 +28,7 @@ from typing import Any
 from ..errors import MigrationError
 from . import _auth, _states, _urls
 
-__all__ = ["Gate", "last_words", "notice_silence", "purpose"]
+__all__ = ["Gate", "last_words", "notice_silence", "own_pidfd", "purpose", "take_pidfd"]
 
 START_S = 30.0
 SILENCE_S = 15
@@ -48,6 +48,26 @@ def notice_silence(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S // 3)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+
+
+def own_pidfd(ask: socket.socket) -> int:
+    """This process, for a peer on the same machine to see its end: a descriptor, the caller's; -1: there is none."""
+    if ask.family != socket.AF_UNIX:
+        return -1
+    try:
+        return os.pidfd_open(os.getpid())
+    except OSError:
+        return -1
+
+
+def take_pidfd(ask: socket.socket) -> int:
+    """The one that the peer sends next; -1: something between the two passes bytes only."""
+    data, fds, _, _ = socket.recv_fds(ask, 1, 1)
+    if data != b"p":
+        for fd in fds:
+            os.close(fd)
+        raise MigrationError("migration refused: the other side sent what can't be: no descriptor of its process")
+    return fds[0] if fds else -1
 
 
 def purpose(what: str, migration: str, which: str) -> bytes:

@@ -20,7 +20,7 @@ from ..engine import Engine
 from ..errors import MigrationError, UffdError
 from ..region import Region
 from . import _auth, _frames, _states, _urls
-from ._gate import Gate, last_words
+from ._gate import Gate, last_words, own_pidfd, take_pidfd
 from ._report import Report, Side, Status
 
 __all__ = ["Arrival", "Incoming", "listen"]
@@ -259,11 +259,13 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
             wire = _core.Wire(False, _states.encoded("destination"), list(regions), 0)
             for i in passed:
                 wire.passes(i)
+            if offer.get("pidfd") is True:
+                wire.watch(take_pidfd(ask))
             if offer.get("compress") == "zstd":
                 wire.pack()
             again = gate.route(migration)
             wire.listen(migration.encode(), again.fileno())
-            frames.send("accepted", deadline_s=deadline_s)
+            _accept(frames, ask, deadline_s)
             for one in (push, ask):
                 one.setblocking(True)
             wire.attach(push.detach(), ask.detach())     # before others are looked for, should these break at once
@@ -278,6 +280,17 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
         for region in regions:
             region._wire = wire
     return Arrival(wire, regions, layout, again, began_ns)
+
+
+def _accept(frames: _frames.Frames, ask: socket.socket, deadline_s: float) -> None:
+    mine = own_pidfd(ask)
+    try:
+        frames.send("accepted", deadline_s=deadline_s, pidfd=mine >= 0)
+        if mine >= 0:
+            socket.send_fds(ask, [b"p"], [mine])
+    finally:
+        if mine >= 0:
+            os.close(mine)
 
 
 def _passed(offer: dict[str, Any], layout: _frames.Layout) -> list[int]:

@@ -21,7 +21,7 @@ from .. import region as regions
 from .._coreless import core as _core
 from ..errors import MigrationError
 from . import _auth, _frames, _states, _urls
-from ._gate import notice_silence, purpose
+from ._gate import notice_silence, own_pidfd, purpose, take_pidfd
 from ._report import Report, Side, Status
 
 __all__ = ["Outgoing", "connect"]
@@ -66,20 +66,23 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
         if compress:
             wire.pack()
         files = _files(memory) if address.path else {}
+        for i in files:
+            wire.passes(i)
+        mine = own_pidfd(ask)
+        fds = [*files.values(), *([mine] if mine >= 0 else [])]
         try:
-            for i in files:
-                wire.passes(i)
             frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, passed=list(files),
-                        compress=compress or "",
-                        **_frames.described(layout))
-            for fd in files.values():
-                socket.send_fds(ask, [b"f"], [fd])
+                        compress=compress or "", pidfd=mine >= 0, **_frames.described(layout))
+            for fd in fds:
+                socket.send_fds(ask, [b"p" if fd == mine else b"f"], [fd])
         finally:
-            for fd in files.values():
+            for fd in fds:
                 os.close(fd)
         answer = frames.receive("accepted", "refused", deadline_s=deadline_s)
         if answer["type"] == "refused":
             raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=1 << 12))
+        if answer.get("pidfd") is True:
+            wire.watch(take_pidfd(ask))
         wire.limit(_rate(precopy_bytes_per_s), _rate(postcopy_bytes_per_s))
         wire.start(bool(release))
     except BaseException:
