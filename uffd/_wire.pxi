@@ -84,6 +84,8 @@ cdef struct Part_t:                 # an array's memory, on either side
     uint64_t *dirty                 # source: written since its protection was last set. Destination: asked for
     bint passed                     # its file is shared by both sides: what is in that does not travel
     uint64_t *there                 # of such a part: blocks in the file. Of others, at the source: that were released
+    bint opened                     # the destination has opened its provider by itself: what that holds does not travel
+    uint64_t *stored                # of such a part: those blocks, as of the last look (source), or of the hand-over
     char *away                      # source: where its pages are mapped once it was disarmed
     uint64_t guarded                # source, not ours: address and bytes of its whole pages, which are protected
     uint64_t guarded_bytes
@@ -179,6 +181,7 @@ cdef struct Wire_t:
     uint64_t bytes[M_KINDS]
     uint64_t blocks[M_KINDS]
     uint64_t passed                 # bytes that the file held at the hand-over
+    uint64_t opened                 # bytes of blocks that the destination has from its own provider
     uint64_t rounds
     uint64_t latency[BUCKETS]       # log2 ns from request to placed
     uint64_t latency_max_ns
@@ -388,7 +391,7 @@ cdef void wire_release(Wire_t *w) noexcept nogil:
     for i in range(w.nparts):
         p = &w.part[i]
         if p.todo != NULL:
-            munmap(p.todo, 3 * bits_bytes(p.blocks))
+            munmap(p.todo, 4 * bits_bytes(p.blocks))
         if p.edge[0] != NULL:
             munmap(p.edge[0], 2 << p.shift)
     free(w.part)

@@ -15,6 +15,7 @@ import base64
 import json
 import os
 import re
+import select
 import socket
 import struct
 import subprocess
@@ -175,11 +176,8 @@ def main(new_fd: int) -> None:
         return
     new.send(json.dumps({"url": str(acceptor.address)}).encode())
     with suppress(OSError, KeyboardInterrupt):
-        while True:
-            migration, fds, _, _ = socket.recv_fds(new, _MESSAGE_BYTES, 1)
-            if not migration:                    # its end is the parent's
-                break
-            pairs.route(migration, socket.socket(fileno=fds[0]))
+        while pairs.look():                      # its end is the parent's
+            select.select([new], [], [])
     acceptor.close()
     os._exit(0)
 
@@ -195,12 +193,22 @@ class _Pairs:
         self._answered: list[tuple[float, socket.socket]] = []
         self._lock = threading.Lock()
 
-    def route(self, migration: bytes, to: socket.socket) -> None:
-        """Connections that take this migration up again go there from now on."""
+    def look(self) -> bool:
+        """Takes what the parent said; False: it is gone."""
         with self._lock:
+            return self._take_routes()
+
+    def _take_routes(self) -> bool:
+        """Where connections go that take a migration up again. Under the lock, by both threads: a source may be back
+        before the other one has looked."""
+        while select.select([self._new], [], [], 0)[0]:
+            migration, fds, _, _ = socket.recv_fds(self._new, _MESSAGE_BYTES, 1)
+            if not migration:
+                return False
             for name in list(self._routes):
                 self._look(name)
-            self._routes[migration] = to
+            self._routes[migration] = socket.socket(fileno=fds[0])
+        return True
 
     def ready(self, connection: socket.socket, peer: _auth.Peer) -> None:
         found = _PURPOSE.fullmatch(peer.purpose)
@@ -227,6 +235,7 @@ class _Pairs:
         for one in (push, ask):
             notice_silence(one)
         if what == b"again":
+            self._take_routes()
             self._look(migration)
             if migration in self._last_words:
                 self._answer(self._last_words[migration], push, ask)

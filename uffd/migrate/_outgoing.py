@@ -20,7 +20,7 @@ import numpy as np
 from .. import region as regions
 from .._coreless import core as _core
 from ..errors import MigrationError
-from . import _auth, _frames, _states, _urls
+from . import _auth, _frames, _states, _stores, _urls
 from ._gate import notice_silence, own_pidfd, purpose, take_pidfd
 from ._report import Report, Side, Status
 
@@ -72,7 +72,8 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
         fds = [*files.values(), *([mine] if mine >= 0 else [])]
         try:
             frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, passed=list(files),
-                        compress=compress or "", pidfd=mine >= 0, **_frames.described(layout))
+                        compress=compress or "", pidfd=mine >= 0, stores=_described(memory, files),
+                        **_frames.described(layout))
             for fd in fds:
                 socket.send_fds(ask, [b"p" if fd == mine else b"f"], [fd])
         finally:
@@ -83,6 +84,10 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
             raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=1 << 12))
         if answer.get("pidfd") is True:
             wire.watch(take_pidfd(ask))
+        for i in _frames.numbers(answer, "opened", len(memory)):
+            if i in files or not isinstance(memory[i], regions.Region) or memory[i].mode == "r+":
+                raise MigrationError("the destination says that it has opened what was not described to it")
+            wire.opens(i)
         wire.limit(_rate(precopy_bytes_per_s), _rate(postcopy_bytes_per_s))
         wire.start(bool(release))
     except BaseException:
@@ -181,7 +186,7 @@ class Outgoing(Side):
         figures = self._wire.figures()
         return Report.of(figures, side="source", phase=self._phase, began_ns=self._began_ns,
                          now_ns=time.monotonic_ns(), setup_ns=self._setup_ns,
-                         dirty_blocks=self._dirty, bytes_passed=figures["bytes_passed"])
+                         dirty_blocks=self._dirty, bytes_passed=figures["bytes_passed"], bytes_opened=figures["bytes_opened"])
 
     def done(self) -> bool:
         """Whether nothing more will happen: completed, cancelled or failed."""
@@ -281,6 +286,13 @@ def _pair(address: _urls.Address, key: bytes | None, what: str, migration: str,
             one.close()
         raise
     return made[0], made[1]
+
+
+def _described(memory: list[Any], files: dict[int, int]) -> dict[str, Any]:
+    """By part: the providers that the destination may be able to open."""
+    found = {str(i): _stores.describe(one) for i, one in enumerate(memory)
+             if isinstance(one, regions.Region) and i not in files}
+    return {i: description for i, description in found.items() if description is not None}
 
 
 def _files(memory: list[Any]) -> dict[int, int]:
