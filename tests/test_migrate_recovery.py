@@ -58,8 +58,8 @@ assert ended(pid) == 0
 
 
 def test_a_long_wait_is_told_and_ctrl_c_twice_ends_it():
-    """Goal: a touch that waits for a paused migration is told of on stderr, and Ctrl-C twice gets the program out of it,
-    as of other waits. Method: the destination's stderr is a pipe; once the line is there, Ctrl-C until it has ended."""
+    """Goal: a touch that waits for a paused migration is told of on stderr, and Ctrl-C twice gets the program out of
+    it, as of other waits. Method: the destination's stderr is a pipe; once the line is there, Ctrl-C until it has ended."""
     script("""
 def destination(incoming):
     os.dup2(tell, 2)
@@ -346,8 +346,8 @@ assert outgoing.status == "FAILED" and outgoing._owner == "destination"
 
 
 def test_who_dies_on_this_machine_is_known_dead_at_once(tmp_path):
-    """Goal: over a unix socket SIGKILL of either side gives a verdict, before and after the hand-over, without anybody's
-    close() or a time-out; also while a child that the source had forked has its sockets open."""
+    """Goal: over a unix socket SIGKILL of either side gives a verdict, before and after the hand-over, without
+    anybody's close() or a time-out; also while a child that the source had forked has its sockets open."""
     script("""
 N = 4 << 20
 def destination(incoming):

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import uffd
-from support import matrix
+from support import matrix, redisserver
 from support.scripts import run_script
 from uffd import providers
 from uffd.migrate import _stores
@@ -64,7 +64,7 @@ with migrate.connect(url, {"a": a, "b": b}, postcopy_bytes_per_s=50e6) as outgoi
     outgoing.recover()
     report = outgoing.wait(20)
 assert report.bytes_opened == N - 12 * B, report
-assert report.bytes.total <= N + 13 * B, report
+assert report.bytes.total <= N + 30 * B, report         # of breaks, some twice
 assert "not sent" in str(report)
 assert report.as_dict()["bytes_opened"] == report.bytes_opened
 assert ended(pid) == 0
@@ -109,6 +109,43 @@ def test_a_region_that_writes_to_its_file_is_sent(tmp_path):
         file = providers.File(tmp_path / "f", writable=True)
         assert _stores.describe(uffd.Region(None, file, engine=engine)) is None
         assert _stores.describe(uffd.Region(BLOCK, providers.Zero(), engine=engine)) is None
+
+
+def test_blocks_of_a_redis_namespace(tmp_path):
+    """Goal: the same of a namespace, and not of another one that has its name."""
+    if redisserver.why_not():
+        pytest.skip(redisserver.why_not())
+    with redisserver.Server(tmp_path) as server:
+        script(f"URL = {server.url!r}" + """
+import dataclasses
+N, B = 4 << 20, 65536
+def destination(incoming):
+    with incoming.accept(20) as arrival:
+        a = arrival.arrays["0"]
+        assert (a[8192:] == filled(N)[8192:]).all() and (a[:8192] == 1).all()
+        assert arrival.wait(20).bytes_opened == N - B
+    with incoming.accept(20) as arrival:
+        assert (arrival.arrays["0"] == filled(N)).all() and arrival.wait(20).bytes_opened == 0
+def made(seed):
+    with uffd.Region(N, providers.Redis(URL, "space"), mode="r+") as region:
+        region.array(np.int64)[:] = filled(N, seed)
+made(0)
+pid, url = start(destination)
+a = uffd.from_provider(providers.Redis(URL, "space", create=False), (N // 8,), np.int64, mode="c")
+a[:8192] = 1
+with migrate.connect(url, [a]) as outgoing:
+    outgoing.switchover()
+    report = outgoing.wait(20)
+assert report.bytes_opened == N - B and report.bytes.total == B, report
+b = uffd.from_provider(providers.Redis(URL, "space", create=False), (N // 8,), np.int64, mode="c")
+uffd.populate(b)
+provider = uffd.region_of(b).provider
+provider._space = dataclasses.replace(provider._space, generation=5)     # another one's
+with migrate.connect(url, [b]) as outgoing:
+    outgoing.switchover()
+    assert outgoing.wait(20).bytes_opened == 0
+assert ended(pid) == 0
+""", deadline_s=40)
 
 
 @pytest.fixture

@@ -295,11 +295,13 @@ cdef int wire_attach(Wire_t *w, int push_fd, int ask_fd) noexcept nogil:
     if w.connected or w.epoch and not wire_step_locked(w, EV_RECONNECT) and w.phase != PH_COMPLETED:
         pthread_mutex_unlock(&w.lock)
         return -EBUSY
-    wire_close_fds(w)
     if w.source:
         send_again(w)
+    pthread_mutex_lock(&w.send_lock)        # a worker that looked at the old one must not ask by the new one
+    wire_close_fds(w)
     w.push_fd = push_fd
     w.ask_fd = ask_fd
+    pthread_mutex_unlock(&w.send_lock)
     w.sent = 0
     w.acked = 0
     w.sent_frames = 0

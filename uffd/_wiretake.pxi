@@ -2,8 +2,8 @@
 #
 # Uses:     _wire.pxi; the fills of _fill.pxi, room of _room.pxi, discard of _evict.pxi
 # Provides: wire_spare, wire_error, wire_pending (asked by fills of a region that a migration brings);
-#           receive_push_main, receive_ask_main, gate_main (its threads); give_verdict, say_paused, ask_again; wires_wait
-#           (asked by the keeper)
+#           receive_push_main, receive_ask_main, gate_main (its threads); give_verdict, say_paused, ask_again;
+#           wires_wait (asked by the keeper)
 
 cdef uint64_t SPREAD = <uint64_t>0x9E3779B9 << 32 | 0x7F4A7C15      # the golden ratio: hashes block numbers
 

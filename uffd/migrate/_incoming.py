@@ -168,7 +168,7 @@ class Arrival(Side):
         figures = self._wire.figures()
         return Report.of(figures, side="destination", phase=self._phase, began_ns=self._began_ns,
                          now_ns=time.monotonic_ns(), setup_ns=self._setup_ns,
-                         bytes_passed=figures["bytes_passed"], bytes_opened=figures["bytes_opened"])
+                         bytes_passed=figures["bytes_passed"])
 
     def close(self) -> None:
         """Ends the migration. What has not come by now never will: a touch of it is SIGBUS. Arrays stay; idempotent."""

@@ -186,7 +186,7 @@ class Outgoing(Side):
         figures = self._wire.figures()
         return Report.of(figures, side="source", phase=self._phase, began_ns=self._began_ns,
                          now_ns=time.monotonic_ns(), setup_ns=self._setup_ns,
-                         dirty_blocks=self._dirty, bytes_passed=figures["bytes_passed"], bytes_opened=figures["bytes_opened"])
+                         dirty_blocks=self._dirty, bytes_passed=figures["bytes_passed"])
 
     def done(self) -> bool:
         """Whether nothing more will happen: completed, cancelled or failed."""

@@ -91,8 +91,8 @@ class Report:
     setup_s: from the beginning until memory could travel. downtime_s: from the last write that was possible at the
     source until the source heard that the destination runs (so it is too long by half a round trip); None before, and
     at the destination, which does not see its begin. total_s: from the beginning to the end, or to now. bytes, blocks:
-    by the way they went. bytes_passed: of shared memory handed over by descriptor, without being copied. bytes_opened: not
-    sent either, since the destination has them from their provider, which it opened by itself. bytes_wire:
+    by the way they went. bytes_passed: of shared memory handed over by descriptor, without being copied. bytes_opened:
+    not sent either, since the destination has them from their provider, which it opened by itself. bytes_wire:
     what went over the network, after compression; heads of frames are not counted. rounds: of precopy; dirty_blocks:
     for each, what was to be sent in it. requests: how long the destination's threads waited for a block, from the fault
     to the block in its place, in ns; requests_max_ns: the longest. blocked_s: the sum of that over all blocks;
@@ -124,7 +124,7 @@ class Report:
 
     @classmethod
     def of(cls, figures: Mapping[str, Any], *, side: str, phase: Phase, began_ns: int, now_ns: int, setup_ns: int = 0,
-           dirty_blocks: Sequence[int] = (), bytes_passed: int = 0, bytes_opened: int = 0) -> Report:
+           dirty_blocks: Sequence[int] = (), bytes_passed: int = 0) -> Report:
         """From what the core counted (`Wire.figures`). began_ns, now_ns: CLOCK_MONOTONIC, like all in it."""
         moments = tuple(Moment(max(0, at_ns - began_ns) / 1e9, Status(status_name(Phase(number))), left)
                         for at_ns, number, left in figures["moments"])
@@ -141,7 +141,7 @@ class Report:
             downtime_s=(resumed_ns - stopped_ns) / 1e9 if down else None,
             total_s=timeline[-1].at_s if status.over else (now_ns - began_ns) / 1e9,
             bytes=carried, blocks=Traffic(**{kind: figures["blocks"][kind] for kind in _KINDS}),
-            bytes_passed=bytes_passed, bytes_opened=bytes_opened,
+            bytes_passed=bytes_passed, bytes_opened=figures.get("bytes_opened", 0),
             bytes_wire=figures.get("bytes_wire", carried.total), blocks_left=figures["left"],
             rounds=figures["rounds"], dirty_blocks=tuple(dirty_blocks),
             requests=LatencyHistogram(tuple(figures["latency"])), requests_max_ns=figures["latency_max_ns"],
@@ -163,8 +163,8 @@ class Report:
         """All of it as numbers, texts, lists and dicts, fit for JSON, with the derived figures beside the measured."""
         by_way = {name: {kind: getattr(getattr(self, name), kind) for kind in (*_KINDS, "total")}
                   for name in ("bytes", "blocks")}
-        plain = ("side", "owner", "setup_s", "downtime_s", "total_s", "bytes_passed", "bytes_opened", "bytes_copied", "bytes_wire",
-                 "blocks_left", "rounds", "blocked_s", "throughput_bytes_per_s")
+        plain = ("side", "owner", "setup_s", "downtime_s", "total_s", "bytes_passed", "bytes_opened", "bytes_copied",
+                 "bytes_wire", "blocks_left", "rounds", "blocked_s", "throughput_bytes_per_s")
         return {**{name: getattr(self, name) for name in plain}, **by_way, "status": str(self.status),
                 "dirty_blocks": list(self.dirty_blocks),
                 "requests": {"counts": list(self.requests.counts), "n": self.requests.n, "p50_ns": self.requests.p50_ns,

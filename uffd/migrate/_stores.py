@@ -27,6 +27,8 @@ __all__ = ["describe", "opened"]
 
 PIECES = 16                         # of a file, which are compared
 PIECE_BYTES = 4096
+LOOK_S = 2.0                        # for a server to say that it is the one, while the source waits
+REDIS_S = 20.0                      # for its reads, later
 _PATH_BYTES = 4096
 _FILE_BYTES = 1 << 62
 
@@ -39,7 +41,7 @@ def describe(region: Any) -> dict[str, Any] | None:
     try:
         if type(provider) is File:
             return _describe_file(provider)
-        if type(provider) is Redis and not provider.delete and "@" not in provider.url:     # no password travels
+        if type(provider) is Redis and not provider.delete and not _has_password(provider.url):
             return {"kind": "redis", "url": provider.url, "namespace": provider.namespace,
                     "generation": f"{provider._space.generation:x}"}
     except OSError:
@@ -95,6 +97,12 @@ def _digest(fd: int, at: list[int]) -> str:
     return digest.hexdigest()
 
 
+def _has_password(url: str) -> bool:
+    """Which does not travel."""
+    return "@" in url or "password" in url
+
+
 def _open_redis(said: dict[str, Any]) -> Redis | None:
-    provider = Redis(_frames.text(said, "url"), _frames.text(said, "namespace"), create=False)
+    provider = Redis(_frames.text(said, "url"), _frames.text(said, "namespace"), create=False, timeout_s=LOOK_S)
+    provider.timeout_s = REDIS_S
     return provider if f"{provider._space.generation:x}" == _frames.text(said, "generation") else None
