@@ -2,7 +2,8 @@
 #
 # Uses:     _wire.pxi; settle_all of _track.pxi
 # Provides: each_part (protects, collects, stops), stored_look and stored_stay, source_thaw, guard_main (the
-#           thread that sees writes to memory that is not ours); part_written and wire_parked (called where a region of ours is written)
+#           thread that sees writes to memory that is not ours); part_written and wire_parked (called where a region of
+#           ours is written)
 #
 # Writes are seen by write protection: a block's first write since it was last protected sets its bit in `dirty`. At the
 # switchover the same protection stops writers: their faults are not answered any more. Until then, only what was

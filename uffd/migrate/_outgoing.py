@@ -62,32 +62,9 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
         wire.end()                               # or its regions would be of this migration for ever
         raise
     try:
-        frames = _frames.Frames(ask)
         if compress:
             wire.pack()
-        files = _files(memory) if address.path else {}
-        for i in files:
-            wire.passes(i)
-        mine = own_pidfd(ask)
-        fds = [*files.values(), *([mine] if mine >= 0 else [])]
-        try:
-            frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, passed=list(files),
-                        compress=compress or "", pidfd=mine >= 0, stores=_described(memory, files),
-                        **_frames.described(layout))
-            for fd in fds:
-                socket.send_fds(ask, [b"p" if fd == mine else b"f"], [fd])
-        finally:
-            for fd in fds:
-                os.close(fd)
-        answer = frames.receive("accepted", "refused", deadline_s=deadline_s)
-        if answer["type"] == "refused":
-            raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=1 << 12))
-        if answer.get("pidfd") is True:
-            wire.watch(take_pidfd(ask))
-        for i in _frames.numbers(answer, "opened", len(memory)):
-            if i in files or not isinstance(memory[i], regions.Region) or memory[i].mode == "r+":
-                raise MigrationError("the destination says that it has opened what was not described to it")
-            wire.opens(i)
+        _offer(wire, ask, memory, layout, compress, address, deadline_s)
         wire.limit(_rate(precopy_bytes_per_s), _rate(postcopy_bytes_per_s))
         wire.start(bool(release))
     except BaseException:
@@ -286,6 +263,36 @@ def _pair(address: _urls.Address, key: bytes | None, what: str, migration: str,
             one.close()
         raise
     return made[0], made[1]
+
+
+def _offer(wire: Any, ask: socket.socket, memory: list[Any], layout: _frames.Layout, compress: str | None,
+           address: _urls.Address, deadline_s: float) -> None:
+    """Says what would be sent, with the descriptors that a destination on this machine can use; and hears what it makes
+    of that."""
+    frames = _frames.Frames(ask)
+    files = _files(memory) if address.path else {}
+    stores = _described(memory, files)
+    for i in files:
+        wire.passes(i)
+    mine = own_pidfd(ask)
+    fds = [*files.values(), *([mine] if mine >= 0 else [])]
+    try:
+        frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, passed=list(files),
+                    compress=compress or "", pidfd=mine >= 0, stores=stores, **_frames.described(layout))
+        for fd in fds:
+            socket.send_fds(ask, [b"p" if fd == mine else b"f"], [fd])
+    finally:
+        for fd in fds:
+            os.close(fd)
+    answer = frames.receive("accepted", "refused", deadline_s=deadline_s)
+    if answer["type"] == "refused":
+        raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=1 << 12))
+    if answer.get("pidfd") is True:
+        wire.watch(take_pidfd(ask))
+    for i in _frames.numbers({"opened": [], **answer}, "opened", len(memory)):
+        if str(i) not in stores:
+            raise MigrationError("the destination says that it has opened what was not described to it")
+        wire.opens(i)
 
 
 def _described(memory: list[Any], files: dict[int, int]) -> dict[str, Any]:

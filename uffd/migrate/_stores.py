@@ -26,10 +26,10 @@ from . import _frames
 __all__ = ["describe", "opened"]
 
 PIECES = 16                         # of a file, which are compared
-PIECE_BYTES = 4096
+PIECE_BYTES = 1 << 12             # also what O_DIRECT takes
 LOOK_S = 2.0                        # for a server to say that it is the one, while the source waits
 REDIS_S = 20.0                      # for its reads, later
-_PATH_BYTES = 4096
+_PATH_BYTES = 1 << 12
 _FILE_BYTES = 1 << 62
 
 
