@@ -414,3 +414,37 @@ for stage in ("precopy", "late"):
     outgoing.close()
 os._exit(0)
 """)
+
+
+@pytest.mark.deadline(90)
+def test_a_peer_that_is_stopped_is_a_pause():
+    """Goal: a destination that does nothing (SIGSTOP) keeps its source in no call for ever: the deadline of silence
+    pauses the migration, the source's program goes on; continued, it is recovered and every byte is there."""
+    script("""
+N = 8 << 20
+def destination(incoming):
+    with incoming.accept(70) as arrival:
+        assert (arrival.arrays["0"] == filled(N, 5)).all()
+pid, url = start(destination)
+a = filled(N)
+with migrate.connect(url, [a]) as outgoing:
+    outgoing.precopy()
+    os.kill(pid, signal.SIGSTOP)
+    a[:] = 4
+    try:
+        outgoing.precopy()
+        raise AssertionError("nobody acknowledged it")
+    except uffd.MigrationError as error:
+        assert error.owner == "source", error
+    assert outgoing.status == "PAUSED"
+    a[:] = filled(N, 5)
+    os.kill(pid, signal.SIGCONT)
+    while outgoing.status == "PAUSED":
+        try:
+            outgoing.recover()
+        except (OSError, uffd.MigrationError):
+            time.sleep(0.1)
+    outgoing.switchover()
+    outgoing.wait(20)
+assert ended(pid) == 0
+""", deadline_s=70)
