@@ -58,8 +58,8 @@ assert ended(pid) == 0
 
 
 def test_a_long_wait_is_told_and_ctrl_c_twice_ends_it():
-    """Goal: a touch that waits for a paused migration is told of on stderr, and Ctrl-C twice gets the program out of it,
-    as of other waits. Method: the destination's stderr is a pipe; once the line is there, Ctrl-C until it has ended."""
+    """Goal: a touch that waits for a paused migration is told of on stderr, and Ctrl-C twice gets the program out of
+    it, as of other waits. Method: the destination's stderr is a pipe; once the line is there, Ctrl-C until it has ended."""
     script("""
 def destination(incoming):
     os.dup2(tell, 2)
@@ -343,3 +343,108 @@ status_is(outgoing, "PAUSED")
 outgoing.close()
 assert outgoing.status == "FAILED" and outgoing._owner == "destination"
 """)
+
+
+def test_who_dies_on_this_machine_is_known_dead_at_once(tmp_path):
+    """Goal: over a unix socket SIGKILL of either side gives a verdict, before and after the hand-over, without
+    anybody's close() or a time-out; also while a child that the source had forked has its sockets open."""
+    script("""
+N = 4 << 20
+def destination(incoming):
+    try:
+        incoming.accept(20)
+        raise AssertionError("its source died in precopy")
+    except uffd.MigrationError as error:
+        assert error.owner == "source", error
+    arrival = incoming.accept(20)
+    os.write(tell, b"r")
+    try:
+        arrival.regions[0].populate()
+        raise AssertionError("its source died")
+    except uffd.ProviderError as error:
+        assert error.errno == errno.ENOTRECOVERABLE, error
+    assert arrival.status == "FAILED"
+    try:
+        arrival.wait(20)
+        raise AssertionError("its source died")
+    except uffd.MigrationError as error:
+        assert error.owner == "destination", error
+    os.write(tell, b"e")
+    while True:                                 # killed in precopy, and then when it has the memory
+        arrival = incoming.accept(20)
+        os.write(tell, b"r")
+        time.sleep(60)
+told, tell = os.pipe()
+""" + f"""
+URL = "unix:{tmp_path}/s"
+""" + """
+pid, url = start(destination, URL)
+for stage in ("precopy", "late"):
+    r, w = os.pipe()
+    child = os.fork()
+    if not child:
+        with migrate.connect(url, [filled(N)], postcopy_bytes_per_s=1e5) as outgoing:
+            outgoing.precopy() if stage == "precopy" else outgoing.switchover()
+            if not os.fork():                   # it has all descriptors, and outlives its parent
+                os.write(w, b"f")
+                time.sleep(8)
+                os._exit(0)
+            time.sleep(60)
+    assert os.read(r, 1) == b"f"
+    if stage == "late":
+        assert os.read(told, 1) == b"r"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+assert os.read(told, 1) == b"e"
+for stage in ("precopy", "late"):
+    a = filled(N)
+    outgoing = migrate.connect(url, [a], postcopy_bytes_per_s=1e5)
+    outgoing.precopy()
+    if stage == "late":
+        a[::8192] += 1
+        outgoing.switchover()
+        assert os.read(told, 1) == b"r"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    status_is(outgoing, "FAILED")
+    assert outgoing._owner == ("source" if stage == "precopy" else "destination")
+    if stage == "precopy":
+        a[:] = 1                                # its program goes on
+        pid, url = start(lambda incoming: (incoming.accept(20), os.write(tell, b"r"), time.sleep(60)), URL + "2")
+    outgoing.close()
+os._exit(0)
+""")
+
+
+@pytest.mark.deadline(90)
+def test_a_peer_that_is_stopped_is_a_pause():
+    """Goal: a destination that does nothing (SIGSTOP) keeps its source in no call for ever: the deadline of silence
+    pauses the migration, the source's program goes on; continued, it is recovered and every byte is there."""
+    script("""
+N = 8 << 20
+def destination(incoming):
+    with incoming.accept(70) as arrival:
+        assert (arrival.arrays["0"] == filled(N, 5)).all()
+pid, url = start(destination)
+a = filled(N)
+with migrate.connect(url, [a]) as outgoing:
+    outgoing.precopy()
+    os.kill(pid, signal.SIGSTOP)
+    a[:] = 4
+    try:
+        outgoing.precopy()
+        raise AssertionError("nobody acknowledged it")
+    except uffd.MigrationError as error:
+        assert error.owner == "source", error
+    assert outgoing.status == "PAUSED"
+    a[:] = filled(N, 5)
+    os.kill(pid, signal.SIGCONT)
+    while outgoing.status == "PAUSED":
+        try:
+            outgoing.recover()
+        except (OSError, uffd.MigrationError):
+            time.sleep(0.1)
+    outgoing.switchover()
+    outgoing.wait(20)
+assert ended(pid) == 0
+""", deadline_s=70)

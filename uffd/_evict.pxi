@@ -667,6 +667,8 @@ cdef uint64_t discard_blocks(Slot *s, Region_t *r, uint64_t first, uint64_t end)
             if u8_load(&r.pins[b]) or not discard_block(s, r, b, state):
                 return b
         lost_forget(r, b)
+        if r.part != NULL and r.part.wire.source:
+            part_written(r, b, 1)           # what was sent of it is not what is here
         b += 1
     return b
 

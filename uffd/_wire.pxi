@@ -43,6 +43,8 @@ cdef enum:
     WIRE_SLICE_MS = 100
     WIRE_SILENCE_MS = 15000         # a peer that takes nothing, or gives nothing that is due, for so long is gone
 
+cdef uint64_t DEATH_NS = 5000000    # between looks whether a peer whose connection ended is dead
+
 cdef enum:                          # kinds of frames
     # from the source
     W_BLOCKS = 1, W_ZEROS, W_BAD, W_DIRTY, W_PREPARE, W_COMMIT, W_CANCEL, W_RESUME, W_LOST, W_PASS, W_SYNC
@@ -77,6 +79,8 @@ cdef struct Part_t:                 # an array's memory, on either side
     uint64_t *dirty                 # source: written since its protection was last set. Destination: asked for
     bint passed                     # its file is shared by both sides: what is in that does not travel
     uint64_t *there                 # of such a part: blocks in the file. Of others, at the source: that were released
+    bint opened                     # the destination has opened its provider by itself: what that holds does not travel
+    uint64_t *stored                # of such a part: those blocks, as of the last look (source), or of the hand-over
     char *away                      # source: where its pages are mapped once it was disarmed
     uint64_t guarded                # source, not ours: address and bytes of its whole pages, which are protected
     uint64_t guarded_bytes
@@ -125,6 +129,7 @@ cdef struct Wire_t:
     uint32_t threads                # that run; futex
     uint32_t turn                   # futex of the push thread, and of who waits for a round: changes with every news
     int32_t last_error              # of the connection
+    int peer_fd                     # pidfd of the other side's process, where it is on this machine; -1
     uint32_t told                   # the user was told of the pause
     # destination
     Wire_t *next                    # of those that bring something to this process; under registry_lock
@@ -171,6 +176,7 @@ cdef struct Wire_t:
     uint64_t bytes[M_KINDS]
     uint64_t blocks[M_KINDS]
     uint64_t passed                 # bytes that the file held at the hand-over
+    uint64_t opened                 # bytes of blocks that the destination has from its own provider
     uint64_t rounds
     uint64_t latency[BUCKETS]       # log2 ns from request to placed
     uint64_t latency_max_ns
@@ -234,7 +240,17 @@ cdef bint wire_enter(Wire_t *w, uint32_t *epoch) noexcept nogil:
             pthread_mutex_unlock(&w.lock)
             return True
         pthread_mutex_unlock(&w.lock)
-        futex_wait(&w.turn, turn, SECOND_NS)
+        if u32_load(&w.connected) or w.peer_fd < 0 or u32_load(&w.phase) >= PH_COMPLETED:
+            futex_wait(&w.turn, turn, SECOND_NS)
+        elif peer_dead(w):
+            give_verdict(w, ENOTRECOVERABLE)
+        else:
+            futex_wait(&w.turn, turn, DEATH_NS)
+
+
+cdef inline bint peer_dead(Wire_t *w) noexcept nogil:
+    """Known of a process on this machine alone. Its sockets end a moment before it does."""
+    return w.peer_fd >= 0 and wire_ready(w.peer_fd, <short>POLLIN, 0) == 0
 
 
 cdef void wire_leave(Wire_t *w) noexcept nogil:
@@ -274,11 +290,13 @@ cdef int wire_attach(Wire_t *w, int push_fd, int ask_fd) noexcept nogil:
     if w.connected or w.epoch and not wire_step_locked(w, EV_RECONNECT) and w.phase != PH_COMPLETED:
         pthread_mutex_unlock(&w.lock)
         return -EBUSY
-    wire_close_fds(w)
     if w.source:
         send_again(w)
+    pthread_mutex_lock(&w.send_lock)        # a worker that looked at the old one must not ask by the new one
+    wire_close_fds(w)
     w.push_fd = push_fd
     w.ask_fd = ask_fd
+    pthread_mutex_unlock(&w.send_lock)
     w.sent = 0
     w.acked = 0
     w.sent_frames = 0
@@ -329,6 +347,8 @@ cdef int wire_take(Wire_t *w, int fd, void *buffer, size_t nbytes, uint32_t epoc
             return err
         if u32_load(&w.ending) or not u32_load(&w.connected) or u32_load(&w.epoch) != epoch:
             return -ENOTCONN
+        if peer_dead(w):
+            return -ECONNRESET              # a child that it forked has its sockets open
         waited += WIRE_SLICE_MS
         if waited >= WIRE_SILENCE_MS and (due or got):
             return -ETIMEDOUT
@@ -359,6 +379,8 @@ cdef void wire_release(Wire_t *w) noexcept nogil:
     if u32_sub(&w.refs, 1) != 1:
         return
     wire_close_fds(w)
+    if w.peer_fd >= 0:
+        close(w.peer_fd)
     if w.guard_fd >= 0:
         close(w.guard_fd)
     if w.guard_wake >= 0:
@@ -366,7 +388,7 @@ cdef void wire_release(Wire_t *w) noexcept nogil:
     for i in range(w.nparts):
         p = &w.part[i]
         if p.todo != NULL:
-            munmap(p.todo, 3 * bits_bytes(p.blocks))
+            munmap(p.todo, 4 * bits_bytes(p.blocks))
         if p.edge[0] != NULL:
             munmap(p.edge[0], 2 << p.shift)
     free(w.part)

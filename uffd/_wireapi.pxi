@@ -24,6 +24,7 @@ cdef class Wire:
         w.source = source
         w.push_fd = -1
         w.ask_fd = -1
+        w.peer_fd = -1
         w.guard_fd = -1
         w.guard_wake = -1
         w.gate_fd = -1
@@ -81,6 +82,15 @@ cdef class Wire:
         """The part's file is shared by both sides. Before start."""
         self.w.part[part].passed = True
 
+    def opens(self, uint32_t part):
+        """The destination has opened the part's provider by itself. Before start."""
+        self.w.part[part].opened = True
+
+    def watch(self, int pidfd):
+        """The other side's process, on this machine: taken over. When it is dead there is a verdict at once. Before
+        start."""
+        self.w.peer_fd = pidfd
+
     def keep(self, memory):
         """Source: nobody ever frees `memory`, nor this: its writers are stopped, and who frees memory may write to it,
         the interpreter at its end among them."""
@@ -110,6 +120,7 @@ cdef class Wire:
             err = source_arm(w)
             if err == 0 and not first:
                 err = each_part(w, False, False, &found)
+            stored_look(w)
         if err != 0:
             raise _os_error(err, "writes can't be seen")
         w.rounds += 1
@@ -272,7 +283,7 @@ cdef class Wire:
         names = ("precopy", "pushed", "requested", "zero", "doubled", "released")
         return {"bytes": {names[i]: w.bytes[i] for i in range(M_KINDS)},
                 "blocks": {names[i]: w.blocks[i] for i in range(M_KINDS)},
-                "rounds": w.rounds, "bytes_wire": w.wired, "bytes_passed": w.passed,
+                "rounds": w.rounds, "bytes_wire": w.wired, "bytes_passed": w.passed, "bytes_opened": w.opened,
                 "latency": [w.latency[i] for i in range(BUCKETS)],
                 "latency_max_ns": w.latency_max_ns, "blocked_ns": w.blocked_ns, "asked": w.asked,
                 "blocked_by_thread_ns": {w.waiter[i].tid: w.waiter[i].ns for i in range(WIRE_WAITERS)
@@ -326,12 +337,13 @@ cdef int _make_part(Wire_t *w, Part_t *p, memory, uint32_t block_bytes) except -
         PyBuffer_Release(&view)
         p.shift = u64_log2(block_bytes)
     p.blocks = (p.nbytes + (<uint64_t>1 << p.shift) - 1) >> p.shift
-    p.todo = <uint64_t *>map_lazy(3 * bits_bytes(p.blocks), PROT_READ | PROT_WRITE, -1)
+    p.todo = <uint64_t *>map_lazy(4 * bits_bytes(p.blocks), PROT_READ | PROT_WRITE, -1)
     if p.todo == NULL:
         raise MemoryError("no memory for a migration")
     words = bits_bytes(p.blocks) / 8
     p.dirty = p.todo + words
     p.there = p.dirty + words
+    p.stored = p.there + words
     for i in range(p.blocks / 64):
         p.todo[i] = ~<uint64_t>0
     if p.blocks & 63:

@@ -1,8 +1,9 @@
 # Migration, the source's side: writes are seen, and stopped.
 #
 # Uses:     _wire.pxi; settle_all of _track.pxi
-# Provides: each_part (protects, collects, stops), source_thaw, guard_main (the thread that sees writes to memory that
-#           is not ours); part_written and wire_parked (called where a region of ours is written)
+# Provides: each_part (protects, collects, stops), stored_look and stored_stay, source_thaw, guard_main (the
+#           thread that sees writes to memory that is not ours); part_written and wire_parked (called where a region of
+#           ours is written)
 #
 # Writes are seen by write protection: a block's first write since it was last protected sets its bit in `dirty`. At the
 # switchover the same protection stops writers: their faults are not answered any more. Until then, only what was
@@ -165,6 +166,46 @@ cdef int source_disarm(Wire_t *w, Part_t *p, Region_t *r) noexcept nogil:
     return 0
 
 
+cdef void stored_look(Wire_t *w) noexcept nogil:
+    """Which blocks are what their provider holds, in parts whose provider the destination has opened. Of a stopped
+    region that stays so: what is not written stays clean."""
+    cdef uint32_t i, word, state
+    cdef uint64_t b, last
+    cdef Part_t *p
+    cdef Region_t *r
+    for i in range(w.nparts):
+        p = &w.part[i]
+        r = region_acquire(p.region_id) if p.opened else NULL
+        if r == NULL:
+            continue
+        memset(p.stored, 255, (p.blocks + 63) / 64 * 8)
+        b = 0
+        last = 0
+        while next_known(r, &b, &last):
+            while b < last:
+                word = u32_load(&r.state[b])
+                state = word & STATE_MASK
+                if state != MISSING and state != CLEAN and state != POOLED or word & (STICKY | FROM_PARENT | KEPT):
+                    bit_take(p.stored, b)
+                b += 1
+        region_release(r)
+
+
+cdef void stored_stay(Wire_t *w) noexcept nogil:
+    """The destination has been told of them: they are not to be sent."""
+    cdef Part_t *p
+    cdef uint32_t i
+    cdef uint64_t b
+    w.opened = 0
+    for i in range(w.nparts):
+        p = &w.part[i]
+        b = wire_next_bit(p.stored, 0, p.blocks) if p.opened else p.blocks
+        while b < p.blocks:
+            if bit_take(p.todo, b):
+                w.opened += part_bytes(p, b, 1)
+            b = wire_next_bit(p.stored, b + 1, p.blocks)
+
+
 cdef void rearm(Part_t *p, Region_t *r) noexcept nogil:
     """It was not handed over: its pages are mapped again as they are touched."""
     cdef uint64_t i
@@ -184,6 +225,7 @@ cdef void keep_edges(Part_t *p) noexcept nogil:
 cdef void source_thaw(Wire_t *w) noexcept nogil:
     """Writers go on: those that wait fault again, and are seen as before."""
     cdef uint32_t i
+    cdef uint64_t b
     cdef Region_t *r
     pthread_mutex_lock(&w.guard_lock)
     if u32_swap(&w.frozen, 0):
@@ -197,6 +239,10 @@ cdef void source_thaw(Wire_t *w) noexcept nogil:
                 continue
             if w.part[i].passed:
                 rearm(&w.part[i], r)
+            b = 0
+            while w.part[i].opened and b < (w.part[i].blocks + 63) / 64:
+                u64_or(&w.part[i].todo[b], w.part[i].stored[b])
+                b += 1
             u32_store_seq(&r.frozen, 0)
             futex_wake_all(&r.frozen)
             if not r.is_inline:

@@ -238,7 +238,7 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noex
     cdef uint64_t b = w.at_block, first, rate
     while turns <= w.nparts:
         p = &w.part[i]
-        b = wire_next_bit(p.todo, b, p.blocks) if late or not p.passed else p.blocks
+        b = next_to_send(p, b, late)
         if b < p.blocks:
             break
         i = (i + 1) % w.nparts
@@ -254,7 +254,8 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noex
     most = <uint32_t>u64_max((u64_min(push_bytes(w), rate / 64) if rate else push_bytes(w)) >> p.shift, 1)
     if p.region_id == 0 and not p.whole and (b == 0 or b == p.blocks - 1):
         most = 1                            # a block at an end may be sent from elsewhere
-    while n < most and b < p.blocks and (n == 0 or p.region_id or p.whole or b < p.blocks - 1) and bit_take(p.todo, b):
+    while n < most and b < p.blocks and (n == 0 or p.region_id or p.whole or b < p.blocks - 1) and \
+            next_to_send(p, b, late) == b and bit_take(p.todo, b):
         n += 1
         b += 1
     w.at_part = i
@@ -271,6 +272,16 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noex
         for b in range(first, first + n):
             bit_set(p.todo, b)
     return err
+
+
+cdef uint64_t next_to_send(Part_t *p, uint64_t b, bint late) noexcept nogil:
+    """The next block from b on, or p.blocks. Before the hand-over, what the destination may have by itself waits."""
+    if p.passed and not late:
+        return p.blocks
+    b = wire_next_bit(p.todo, b, p.blocks)
+    while p.opened and not late and b < p.blocks and bit_of(p.stored, b):
+        b = wire_next_bit(p.todo, b + 1, p.blocks)
+    return b
 
 
 cdef void pace(Wire_t *w) noexcept nogil:
@@ -448,15 +459,15 @@ cdef int tell_dirty(Wire_t *w) noexcept nogil:
 
 
 cdef int tell_bits(Wire_t *w, uint32_t kind) noexcept nogil:
-    """W_DIRTY of all parts, or W_PASS of those that are passed: a bit per block. 0 or -errno."""
+    """W_DIRTY of all parts, or W_PASS of those that are passed or opened: a bit per block. 0 or -errno."""
     cdef uint32_t i
     cdef uint64_t at, n
     cdef uint64_t *bits
     cdef int err = 0
     for i in range(w.nparts):
-        if kind == W_PASS and not w.part[i].passed:
+        if kind == W_PASS and not w.part[i].passed and not w.part[i].opened:
             continue
-        bits = w.part[i].there if kind == W_PASS else w.part[i].todo
+        bits = w.part[i].todo if kind == W_DIRTY else w.part[i].there if w.part[i].passed else w.part[i].stored
         at = 0
         while at * 64 < w.part[i].blocks and err == 0:
             n = u64_min((w.part[i].blocks + 63) / 64 - at, WIRE_RUN / 8)
@@ -494,7 +505,9 @@ cdef int source_switchover(Wire_t *w, const char *state, uint64_t nbytes, uint64
     if err == 0:
         err = tell_dirty(w)
     if err == 0:
+        stored_look(w)
         err = tell_bits(w, W_PASS)
+        stored_stay(w)
     if err == 0:
         err = wire_say(w, W_PREPARE, 0, 0, 0, nbytes, state, nbytes)
     if err == 0:

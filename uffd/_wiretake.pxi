@@ -209,7 +209,7 @@ cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, char *buffer, void
             if err == 0 and not asks:
                 w.handed += 1
                 if head.extra or w.handed & 3 == 0 or wire_ready(fd, <short>POLLIN, 0) != 0:
-                    err = frames_placed(w, fd)
+                    frames_placed(w, fd)    # who sent them may be gone; what it had sent is read all the same
     return err
 
 
@@ -295,6 +295,9 @@ cdef int place_blocks(Wire_t *w, Part_t *p, Region_t *r, wire_head *h, char *buf
                 u64_add(&w.blocks[M_DOUBLED], 1)
             else:
                 overwrite(r, b, buffer + ((b - h.block) << p.shift), h.kind == W_ZEROS)
+        elif h.kind == W_ZEROS and p.opened:    # its provider has something else there
+            memset(buffer, 0, <uint64_t>1 << p.shift)
+            err = place_run_of(w, p, r, b, 1, buffer, &n)
         elif h.kind == W_ZEROS:
             part_clear(r, p, b)
         elif h.kind == W_BAD:
@@ -453,9 +456,9 @@ cdef int take_dirty(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffe
     if err != 0:
         return err
     if h.kind == W_PASS:
-        if not p.passed:
+        if not p.passed and not p.opened:
             return -EPROTO
-        memcpy(&p.there[h.block / 64], buffer, h.nbytes)
+        memcpy(&p.there[h.block / 64] if p.passed else &p.stored[h.block / 64], buffer, h.nbytes)
         return 0
     r = region_acquire(p.region_id)
     n = u64_min(h.nbytes * 8, p.blocks - h.block)
@@ -476,6 +479,8 @@ cdef void take_passed(Wire_t *w) noexcept nogil:
     cdef Region_t *r
     for i in range(w.nparts):
         p = &w.part[i]
+        if p.opened:
+            take_opened(w, p)
         r = region_acquire(p.region_id) if p.passed else NULL
         if r == NULL:
             continue
@@ -494,6 +499,16 @@ cdef void take_passed(Wire_t *w) noexcept nogil:
                 note_put(r, b, <uint32_t>n, NOTE_AHEAD)
             b = wire_next_bit(p.there, b + (n if n else 1), p.blocks)
         region_release(r)
+
+
+cdef void take_opened(Wire_t *w, Part_t *p) noexcept nogil:
+    """At the hand-over: what was not written since it came from its provider, which is open here, too."""
+    cdef uint64_t b = wire_next_bit(p.stored, 0, p.blocks)
+    while b < p.blocks:
+        if bit_take(p.todo, b):
+            u64_add(&w.left, <uint64_t>-1)
+            u64_add(&w.opened, part_bytes(p, b, 1))
+        b = wire_next_bit(p.stored, b + 1, p.blocks)
 
 
 cdef int drop_arrived(Wire_t *w, Part_t *p, Region_t *r, uint64_t b) noexcept nogil:

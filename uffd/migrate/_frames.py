@@ -20,7 +20,7 @@ import numpy as np
 from .._sockets import receive, send
 from ..errors import MigrationError
 
-__all__ = ["Array", "Frames", "Layout", "Part", "described", "layout", "parse", "text", "whole"]
+__all__ = ["Array", "Frames", "Layout", "Part", "described", "layout", "numbers", "parse", "text", "whole"]
 
 FRAME_BYTES = 4 << 20               # of one frame at most: some 20,000 arrays' names, types and shapes
 PARTS = 4 << 10                     # pieces of memory of one migration at most
@@ -106,6 +106,14 @@ def whole(frame: dict[str, Any], name: str, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
         raise _malformed(f"{name} = {_shown(value)}, and a whole number from {least:,} to {most:,} belongs there")
     return value
+
+
+def numbers(frame: dict[str, Any], name: str, end: int) -> list[int]:
+    """Different whole numbers below `end` out of a frame, sorted."""
+    value = frame.get(name)
+    if not isinstance(value, list) or not all(type(one) is int and 0 <= one < end for one in value):
+        raise _malformed(f"{name} = {_shown(value)}, and a list of numbers below {end} belongs there")
+    return sorted(set(value))
 
 
 def text(frame: dict[str, Any], name: str, choices: tuple[str, ...] | None = None, most_bytes: int = NAME_BYTES) -> str:

@@ -15,6 +15,7 @@ import base64
 import json
 import os
 import re
+import select
 import socket
 import struct
 import subprocess
@@ -28,7 +29,7 @@ from typing import Any
 from ..errors import MigrationError
 from . import _auth, _states, _urls
 
-__all__ = ["Gate", "last_words", "notice_silence", "purpose"]
+__all__ = ["Gate", "last_words", "notice_silence", "own_pidfd", "purpose", "take_pidfd"]
 
 START_S = 30.0
 SILENCE_S = 15
@@ -48,6 +49,26 @@ def notice_silence(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S // 3)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+
+
+def own_pidfd(ask: socket.socket) -> int:
+    """This process, for a peer on the same machine to see its end: a descriptor, the caller's; -1: there is none."""
+    if ask.family != socket.AF_UNIX:
+        return -1
+    try:
+        return os.pidfd_open(os.getpid())
+    except OSError:
+        return -1
+
+
+def take_pidfd(ask: socket.socket) -> int:
+    """The one that the peer sends next; -1: something between the two passes bytes only."""
+    data, fds, _, _ = socket.recv_fds(ask, 1, 1)
+    if data != b"p":
+        for fd in fds:
+            os.close(fd)
+        raise MigrationError("migration refused: the other side sent what can't be: no descriptor of its process")
+    return fds[0] if fds else -1
 
 
 def purpose(what: str, migration: str, which: str) -> bytes:
@@ -155,11 +176,8 @@ def main(new_fd: int) -> None:
         return
     new.send(json.dumps({"url": str(acceptor.address)}).encode())
     with suppress(OSError, KeyboardInterrupt):
-        while True:
-            migration, fds, _, _ = socket.recv_fds(new, _MESSAGE_BYTES, 1)
-            if not migration:                    # its end is the parent's
-                break
-            pairs.route(migration, socket.socket(fileno=fds[0]))
+        while pairs.look():                      # its end is the parent's
+            select.select([new], [], [])
     acceptor.close()
     os._exit(0)
 
@@ -175,12 +193,22 @@ class _Pairs:
         self._answered: list[tuple[float, socket.socket]] = []
         self._lock = threading.Lock()
 
-    def route(self, migration: bytes, to: socket.socket) -> None:
-        """Connections that take this migration up again go there from now on."""
+    def look(self) -> bool:
+        """Takes what the parent said; False: it is gone."""
         with self._lock:
+            return self._take_routes()
+
+    def _take_routes(self) -> bool:
+        """Where connections go that take a migration up again. Under the lock, by both threads: a source may be back
+        before the other one has looked."""
+        while select.select([self._new], [], [], 0)[0]:
+            migration, fds, _, _ = socket.recv_fds(self._new, _MESSAGE_BYTES, 1)
+            if not migration:
+                return False
             for name in list(self._routes):
                 self._look(name)
-            self._routes[migration] = to
+            self._routes[migration] = socket.socket(fileno=fds[0])
+        return True
 
     def ready(self, connection: socket.socket, peer: _auth.Peer) -> None:
         found = _PURPOSE.fullmatch(peer.purpose)
@@ -207,6 +235,7 @@ class _Pairs:
         for one in (push, ask):
             notice_silence(one)
         if what == b"again":
+            self._take_routes()
             self._look(migration)
             if migration in self._last_words:
                 self._answer(self._last_words[migration], push, ask)

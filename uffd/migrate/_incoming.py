@@ -19,8 +19,8 @@ from .._coreless import core as _core
 from ..engine import Engine
 from ..errors import MigrationError, UffdError
 from ..region import Region
-from . import _auth, _frames, _states, _urls
-from ._gate import Gate, last_words
+from . import _auth, _frames, _states, _stores, _urls
+from ._gate import Gate, last_words, own_pidfd, take_pidfd
 from ._report import Report, Side, Status
 
 __all__ = ["Arrival", "Incoming", "listen"]
@@ -222,11 +222,12 @@ class _Arriving(Region):
     _wire: Any = None
 
     @classmethod
-    def over(cls, part: _frames.Part, engine: Engine | None, name: str, memfd: int) -> _Arriving:
-        """memfd: of the file that its pages are in already, taken over; -1: none."""
+    def over(cls, part: _frames.Part, engine: Engine | None, name: str, memfd: int, provider: Any) -> _Arriving:
+        """memfd: of the file that its pages are in already, taken over; -1: none. provider: the source's, opened here;
+        None: what does not come is zeros."""
         region = cast(_Arriving, cls.__new__(cls, engine=engine))
         region._memfd = memfd
-        cls.__init__(region, part.nbytes, None, engine=engine, name=name, mode="c", block_bytes=part.block_bytes,
+        cls.__init__(region, part.nbytes, provider, engine=engine, name=name, mode="c", block_bytes=part.block_bytes,
                      backing=part.backing, readahead_bytes=0)
         return region
 
@@ -254,16 +255,21 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
                 raise MigrationError(f"migration refused: this machine is {sys.byteorder}-endian, and the source not")
             passed = _passed(offer, layout)
             files = {i: _file(ask, layout.parts[i].nbytes) for i in passed}
-            regions += [_Arriving.over(part, engine, f"migrated {i}", files.pop(i, -1))
+            stores = _opened(offer, layout, passed)
+            regions += [_Arriving.over(part, engine, f"migrated {i}", files.pop(i, -1), stores.get(i))
                         for i, part in enumerate(layout.parts)]
             wire = _core.Wire(False, _states.encoded("destination"), list(regions), 0)
             for i in passed:
                 wire.passes(i)
+            for i in stores:
+                wire.opens(i)
+            if offer.get("pidfd") is True:
+                wire.watch(take_pidfd(ask))
             if offer.get("compress") == "zstd":
                 wire.pack()
             again = gate.route(migration)
             wire.listen(migration.encode(), again.fileno())
-            frames.send("accepted", deadline_s=deadline_s)
+            _accept(frames, ask, list(stores), deadline_s)
             for one in (push, ask):
                 one.setblocking(True)
             wire.attach(push.detach(), ask.detach())     # before others are looked for, should these break at once
@@ -278,6 +284,26 @@ def _begin(migration: str, push: socket.socket, ask: socket.socket, gate: Gate,
         for region in regions:
             region._wire = wire
     return Arrival(wire, regions, layout, again, began_ns)
+
+
+def _accept(frames: _frames.Frames, ask: socket.socket, opened: list[int], deadline_s: float) -> None:
+    mine = own_pidfd(ask)
+    try:
+        frames.send("accepted", deadline_s=deadline_s, pidfd=mine >= 0, opened=opened)
+        if mine >= 0:
+            socket.send_fds(ask, [b"p"], [mine])
+    finally:
+        if mine >= 0:
+            os.close(mine)
+
+
+def _opened(offer: dict[str, Any], layout: _frames.Layout, passed: list[int]) -> dict[int, Any]:
+    """The source's providers that are open here, too, by part."""
+    said = offer.get("stores", {})
+    if not isinstance(said, dict):
+        raise MigrationError("migration refused: the other side sent what can't be: providers that are no object")
+    found = {i: _stores.opened(said.get(str(i)), part.nbytes) for i, part in enumerate(layout.parts) if i not in passed}
+    return {i: provider for i, provider in found.items() if provider is not None}
 
 
 def _passed(offer: dict[str, Any], layout: _frames.Layout) -> list[int]:

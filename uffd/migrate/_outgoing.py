@@ -20,8 +20,8 @@ import numpy as np
 from .. import region as regions
 from .._coreless import core as _core
 from ..errors import MigrationError
-from . import _auth, _frames, _states, _urls
-from ._gate import notice_silence, purpose
+from . import _auth, _frames, _states, _stores, _urls
+from ._gate import notice_silence, own_pidfd, purpose, take_pidfd
 from ._report import Report, Side, Status
 
 __all__ = ["Outgoing", "connect"]
@@ -62,24 +62,9 @@ def connect(url: str, arrays: Any, *, key: bytes | str | None = None, precopy_by
         wire.end()                               # or its regions would be of this migration for ever
         raise
     try:
-        frames = _frames.Frames(ask)
         if compress:
             wire.pack()
-        files = _files(memory) if address.path else {}
-        try:
-            for i in files:
-                wire.passes(i)
-            frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, passed=list(files),
-                        compress=compress or "",
-                        **_frames.described(layout))
-            for fd in files.values():
-                socket.send_fds(ask, [b"f"], [fd])
-        finally:
-            for fd in files.values():
-                os.close(fd)
-        answer = frames.receive("accepted", "refused", deadline_s=deadline_s)
-        if answer["type"] == "refused":
-            raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=1 << 12))
+        _offer(wire, ask, memory, layout, compress, address, deadline_s)
         wire.limit(_rate(precopy_bytes_per_s), _rate(postcopy_bytes_per_s))
         wire.start(bool(release))
     except BaseException:
@@ -278,6 +263,43 @@ def _pair(address: _urls.Address, key: bytes | None, what: str, migration: str,
             one.close()
         raise
     return made[0], made[1]
+
+
+def _offer(wire: Any, ask: socket.socket, memory: list[Any], layout: _frames.Layout, compress: str | None,
+           address: _urls.Address, deadline_s: float) -> None:
+    """Says what would be sent, with the descriptors that a destination on this machine can use; and hears what it makes
+    of that."""
+    frames = _frames.Frames(ask)
+    files = _files(memory) if address.path else {}
+    stores = _described(memory, files)
+    for i in files:
+        wire.passes(i)
+    mine = own_pidfd(ask)
+    fds = [*files.values(), *([mine] if mine >= 0 else [])]
+    try:
+        frames.send("offer", deadline_s=deadline_s, byteorder=sys.byteorder, passed=list(files),
+                    compress=compress or "", pidfd=mine >= 0, stores=stores, **_frames.described(layout))
+        for fd in fds:
+            socket.send_fds(ask, [b"p" if fd == mine else b"f"], [fd])
+    finally:
+        for fd in fds:
+            os.close(fd)
+    answer = frames.receive("accepted", "refused", deadline_s=deadline_s)
+    if answer["type"] == "refused":
+        raise MigrationError("the destination refused: " + _frames.text(answer, "why", most_bytes=1 << 12))
+    if answer.get("pidfd") is True:
+        wire.watch(take_pidfd(ask))
+    for i in _frames.numbers({"opened": [], **answer}, "opened", len(memory)):
+        if str(i) not in stores:
+            raise MigrationError("the destination says that it has opened what was not described to it")
+        wire.opens(i)
+
+
+def _described(memory: list[Any], files: dict[int, int]) -> dict[str, Any]:
+    """By part: the providers that the destination may be able to open."""
+    found = {str(i): _stores.describe(one) for i, one in enumerate(memory)
+             if isinstance(one, regions.Region) and i not in files}
+    return {i: description for i, description in found.items() if description is not None}
 
 
 def _files(memory: list[Any]) -> dict[int, int]:

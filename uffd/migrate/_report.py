@@ -91,7 +91,8 @@ class Report:
     setup_s: from the beginning until memory could travel. downtime_s: from the last write that was possible at the
     source until the source heard that the destination runs (so it is too long by half a round trip); None before, and
     at the destination, which does not see its begin. total_s: from the beginning to the end, or to now. bytes, blocks:
-    by the way they went. bytes_passed: of shared memory handed over by descriptor, without being copied. bytes_wire:
+    by the way they went. bytes_passed: of shared memory handed over by descriptor, without being copied. bytes_opened:
+    not sent either, since the destination has them from their provider, which it opened by itself. bytes_wire:
     what went over the network, after compression; heads of frames are not counted. rounds: of precopy; dirty_blocks:
     for each, what was to be sent in it. requests: how long the destination's threads waited for a block, from the fault
     to the block in its place, in ns; requests_max_ns: the longest. blocked_s: the sum of that over all blocks;
@@ -109,6 +110,7 @@ class Report:
     bytes: Traffic = Traffic()
     blocks: Traffic = Traffic()
     bytes_passed: int = 0
+    bytes_opened: int = 0
     bytes_wire: int = 0
     blocks_left: int = 0
     rounds: int = 0
@@ -139,7 +141,8 @@ class Report:
             downtime_s=(resumed_ns - stopped_ns) / 1e9 if down else None,
             total_s=timeline[-1].at_s if status.over else (now_ns - began_ns) / 1e9,
             bytes=carried, blocks=Traffic(**{kind: figures["blocks"][kind] for kind in _KINDS}),
-            bytes_passed=bytes_passed, bytes_wire=figures.get("bytes_wire", carried.total), blocks_left=figures["left"],
+            bytes_passed=bytes_passed, bytes_opened=figures.get("bytes_opened", 0),
+            bytes_wire=figures.get("bytes_wire", carried.total), blocks_left=figures["left"],
             rounds=figures["rounds"], dirty_blocks=tuple(dirty_blocks),
             requests=LatencyHistogram(tuple(figures["latency"])), requests_max_ns=figures["latency_max_ns"],
             blocked_s=figures["blocked_ns"] / 1e9,
@@ -160,8 +163,8 @@ class Report:
         """All of it as numbers, texts, lists and dicts, fit for JSON, with the derived figures beside the measured."""
         by_way = {name: {kind: getattr(getattr(self, name), kind) for kind in (*_KINDS, "total")}
                   for name in ("bytes", "blocks")}
-        plain = ("side", "owner", "setup_s", "downtime_s", "total_s", "bytes_passed", "bytes_copied", "bytes_wire",
-                 "blocks_left", "rounds", "blocked_s", "throughput_bytes_per_s")
+        plain = ("side", "owner", "setup_s", "downtime_s", "total_s", "bytes_passed", "bytes_opened", "bytes_copied",
+                 "bytes_wire", "blocks_left", "rounds", "blocked_s", "throughput_bytes_per_s")
         return {**{name: getattr(self, name) for name in plain}, **by_way, "status": str(self.status),
                 "dirty_blocks": list(self.dirty_blocks),
                 "requests": {"counts": list(self.requests.counts), "n": self.requests.n, "p50_ns": self.requests.p50_ns,
@@ -183,6 +186,8 @@ class Report:
         ]
         if self.bytes_passed:
             lines.append(f"  passed      {_size(self.bytes_passed)} by descriptor, without a copy")
+        if self.bytes_opened:
+            lines.append(f"  not sent    {_size(self.bytes_opened)}: the destination reads them from their provider")
         lines += [f"  {kind:<11} {getattr(self.blocks, kind):,} blocks, {_size(getattr(self.bytes, kind))}"
                   for kind in _KINDS if getattr(self.blocks, kind) or kind in ("precopy", "pushed", "requested")]
         if self.rounds:
