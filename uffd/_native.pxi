@@ -77,6 +77,12 @@ cdef struct FileSource:
     uint64_t offset             # of the region's byte 0 in the file
     char *bounce[MAX_SLOTS]     # O_DIRECT: aligned buffers, one per slot, mapped at its first fill
 
+cdef struct PackedSource:       # a compressed image: another provider's bytes, each unit held against its sum
+    Fill *frame
+    uint64_t nbytes
+    uint64_t seed
+    uint64_t *sum
+
 cdef struct NativeSource:
     uffd_fill_fn function
     uffd_write_fn write         # or NULL
@@ -143,6 +149,39 @@ cdef int native_store(void *self, uint32_t slot, uint64_t offset, const void *bl
     return n.write(n.user_data, offset, block, nbytes)
 
 
+cdef int packed_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil:
+    """Whole units in place, others through a copy on the stack. EBADMSG: not the bytes of their sum."""
+    cdef PackedSource *packed = <PackedSource *>self
+    cdef uint8_t whole[IMAGE_UNIT]
+    cdef uint8_t *to = <uint8_t *>block
+    cdef uint8_t *at
+    cdef uint64_t unit, skip, has, n
+    cdef int err
+    while nbytes:
+        unit = offset // IMAGE_UNIT
+        skip = offset % IMAGE_UNIT
+        has = u64_min(IMAGE_UNIT, packed.nbytes - unit * IMAGE_UNIT)
+        n = u64_min(has - skip, nbytes)
+        at = to if n == has else whole
+        err = packed.frame.call(packed.frame.self, slot, unit * IMAGE_UNIT, at, <size_t>has)
+        if err != 0:
+            return err
+        if c_image_sum(packed.seed, unit, at, <size_t>has) != packed.sum[unit]:
+            return -EBADMSG
+        if n < has:
+            memcpy(to, at + skip, <size_t>n)
+        to += n
+        offset += n
+        nbytes -= <size_t>n
+    return 0
+
+
+cdef void packed_forget(void *self, uint32_t slot) noexcept nogil:
+    cdef PackedSource *packed = <PackedSource *>self
+    if packed.frame.forget != NULL:
+        packed.frame.forget(packed.frame.self, slot)
+
+
 @no_gc_clear
 cdef class Filler:
     """A native provider as the core sees it. Immutable; kept alive by the regions that use it."""
@@ -152,6 +191,7 @@ cdef class Filler:
     cdef uffd_b2 *frame
     cdef uffd_checked *checked
     cdef uffd_image *image_files
+    cdef PackedSource packed
     cdef object __weakref__
     cdef Py_buffer view
     cdef bint has_view
@@ -281,6 +321,28 @@ cdef class Filler:
         f.fill.call = &uffd_image_fill
         f.fill.self = f.image_files
         f.fill.may_block = True             # a unit is read to the stack: too much for a signal handler
+        return f
+
+    @staticmethod
+    def summed(Filler frame not None, uint64_t seed, bytes sums):
+        """The bytes of another one that calls a function, each unit of 64 KiB held against its sum, as 64-bit words.
+        ValueError for the wrong number of sums."""
+        cdef Filler f = Filler()
+        if <uint64_t>len(sums) != (<uint64_t>frame.nbytes + IMAGE_UNIT - 1) // IMAGE_UNIT * 8:
+            raise ValueError(f"{len(sums)} bytes of sums for {frame.nbytes} bytes")
+        f.remake = lambda: Filler.summed(frame.again(), seed, sums)
+        f.keep = (frame, sums)
+        f.kind = "summed"
+        f.nbytes = frame.nbytes
+        f.packed.frame = &frame.fill
+        f.packed.nbytes = <uint64_t>frame.nbytes
+        f.packed.seed = seed
+        f.packed.sum = <uint64_t *>PyBytes_AsString(sums)
+        f.fill.kind = FILL_CALL
+        f.fill.call = &packed_fill
+        f.fill.forget = &packed_forget
+        f.fill.self = &f.packed
+        f.fill.may_block = True
         return f
 
     @staticmethod

@@ -39,6 +39,21 @@ class ImageProvider(providers._NativeProvider):
         self._recipe = ((path,), {})
 
 
+class PackedProvider(providers._NativeProvider):
+    """The bytes of a compressed image, each piece of 64 KiB held against its checksum. (Where there is no core, nobody
+    does that.)"""
+
+    causes = {errno.EBADMSG: "the bytes are not those of their checksum: the compressed image is damaged "
+                             "(`uffd snapshot verify` finds all such places)"}
+
+    def __init__(self, path: str, seed: int, sums: bytes) -> None:
+        frame = providers.Blosc2File(path)
+        self._made = _core.Filler.summed(frame._made, seed, sums) if hasattr(_core, "ForkedImage") else frame._made
+        self.nbytes = frame.nbytes
+        self.title = f"compressed image {path!r}"
+        self._recipe = ((path, seed, sums), {})
+
+
 class ImageMap(TensorMap):
     """Read-only mapping of name to array of an image; its memory is one region, made when the first array is asked for.
 
@@ -163,7 +178,8 @@ def open_local(path: str, serving: Serving) -> ImageMap:
 
 def open_parts(path: str, metadata: dict[str, str], tensors: Any, nbytes: int, serving: Serving, make_provider: Any,
                block_bytes: int | None = None) -> ImageMap:
-    """A whole image whose bytes come from elsewhere: a Blosc2 frame, or a URL. Nothing checks them but that does."""
+    """A whole image whose bytes come from elsewhere: a Blosc2 frame, which has sums of its own, or a URL, whose bytes
+    nothing checks but what brings them."""
     _files.check_version(metadata, path)
     layout = _layout.layout_from(metadata.get("uffd_arrays"), path)
     if "uffd_base" in metadata:

@@ -52,7 +52,8 @@ class Info:
 
 
 class Packed:
-    """A compressed image, read as it was before it was packed. Its checksums are those of the plain file."""
+    """A compressed image, read as it was before it was packed. It has the plain file's checksums, which `verify` looks
+    at, and its own, in their compressed order, which each read is held against."""
 
     def __init__(self, path: str) -> None:
         schunk = frames._open_checked(path)
@@ -66,9 +67,10 @@ class Packed:
         self.layout = _layout.layout_from(metadata.get("uffd_arrays"), path)
         self.files: list[Any] = []
         self._tensors = tensors
-        from .. import providers
-
-        self._provider = providers.Blosc2File(path)
+        sums = frames._header_in(getattr(schunk, "schunk", schunk), frames.SUMS, path)
+        if text is None or sums is None or len(sums) != -(-schunk.nbytes // _files.UNIT_BYTES) * 8:
+            raise ValueError(f"{path}: damaged: a compressed image without its checksums")
+        self._provider = _opening.PackedProvider(path, frames.sums_seed(text), sums)
         self._at = {e.name: tensors[e.name].offset for e in self.layout.entries if e.name in tensors}
         if len(self._at) != len(self.layout.entries):
             raise ValueError(f"{path}: damaged: arrays of its table are missing")
@@ -85,8 +87,8 @@ class Packed:
         try:
             self._provider._made.fill_now(offset, out)
         except OSError as error:
-            raise ValueError(f"{self.path}: damaged: bytes {offset} to {offset + len(out)} can't be "
-                             "decompressed") from error
+            raise ValueError(f"{self.path}: damaged: bytes {offset} to {offset + len(out)} can't be decompressed, or "
+                             "are not those of their checksums") from error
 
     def seal(self) -> tuple[int, np.ndarray]:
         """(seed, sums) of the plain file."""
