@@ -66,7 +66,8 @@ cdef extern from "_imagefile.h" nogil:
     struct uffd_image:
         image_file *file
         image_extent *extent
-    uffd_image *uffd_image_make(uint64_t files, uint64_t extents) noexcept
+        image_extent *under
+    uffd_image *uffd_image_make(uint64_t files, uint64_t extents, uint64_t unders) noexcept
     bint uffd_image_whole(const uffd_image *image, uint64_t nbytes) noexcept
     int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
     void uffd_image_ahead(const uffd_image *image, uint64_t offset, uint64_t nbytes) noexcept
@@ -299,22 +300,25 @@ cdef class Filler:
         return f
 
     @staticmethod
-    def image(list files, bytes extents, uint64_t nbytes):
+    def image(list files, bytes extents, uint64_t nbytes, bytes under=b""):
         """An image of memory over its files: [(descriptor, data offset, data bytes, seed, sums as 64-bit words)], and
-        extents as four 64-bit words each (_imagefile.h). Takes none of the descriptors over. ValueError where the
-        extents don't fit."""
+        extents as four 64-bit words each (_imagefile.h). under: the same without the last file, whose bytes are copies;
+        where they are damaged the originals are read. Takes none of the descriptors over. ValueError where the extents
+        don't fit."""
         cdef Filler f = Filler()
         cdef uint64_t i, n = <uint64_t>len(extents) // sizeof(image_extent)
-        f.image_files = uffd_image_make(<uint64_t>len(files), n)
+        f.image_files = uffd_image_make(<uint64_t>len(files), n, <uint64_t>len(under) // sizeof(image_extent))
         if f.image_files == NULL:
             raise MemoryError("no memory for an image's files")
         for i in range(<uint64_t>len(files)):
             _image_file(&f.image_files.file[i], files[i])
         memcpy(f.image_files.extent, PyBytes_AsString(extents), n * sizeof(image_extent))
+        if len(under):
+            memcpy(f.image_files.under, PyBytes_AsString(under), <size_t>len(under))
         if not uffd_image_whole(f.image_files, nbytes):
             raise ValueError(f"the extents don't cover the image's {nbytes} bytes, or leave their files")
         own = [(f.image_files.file[i].fd, *files[i][1:]) for i in range(<uint64_t>len(files))]
-        f.remake = lambda: Filler.image(own, extents, nbytes)
+        f.remake = lambda: Filler.image(own, extents, nbytes, under)
         f.kind = "image"
         f.nbytes = nbytes
         f.fill.kind = FILL_CALL

@@ -13,7 +13,7 @@ import numpy as np
 from .._coreless import core as _core
 from ..formats import frames, recognise, safetensors
 from ..formats.sources import LocalSource
-from . import _files, _layout, _merging, _opening
+from . import _files, _layout, _merging, _opening, _touched
 from ._files import Chain
 from ._target import Target
 
@@ -120,12 +120,12 @@ def info(path: str | os.PathLike[str]) -> Info:
     packed = isinstance(image, Packed)
     arrays = {e.name: {"dtype": str(e.dtype), "shape": list(e.shape), "order": e.order, "nbytes": e.nbytes}
               for e in image.layout.entries}
-    touched = _opening.working_set(image.path, image.id)
+    touched = _touched.read(image.path, image.id)
     created_s = image.created_s if isinstance(image, Packed) else image.files[0].created_s
     return Info(image.path, image.id, _files.VERSION, created_s, packed, arrays,
                 sum(e.nbytes for e in image.layout.entries),
                 os.stat(image.path).st_size if packed else image.files[0].data_bytes,
-                [image.path] if packed else [file.path for file in image.files], len(touched[1]) if touched else 0)
+                [image.path] if packed else [file.path for file in image.files], len(touched.blocks) if touched else 0)
 
 
 def verify(path: str | os.PathLike[str]) -> int:
