@@ -42,7 +42,7 @@ struct uffd_image {
     uint64_t files, extents, unders;
     struct image_file *file;
     struct image_extent *extent;        /* what is read */
-    struct image_extent *under;         /* or NULL: the same without the last file, which has only copies of the others */
+    struct image_extent *under;         /* or NULL: the same without the last file, which has copies of the others */
 };
 
 static inline bool image_zeros(const uint8_t *bytes, size_t nbytes)

@@ -1,5 +1,5 @@
-"""The working set of an image, beside it: which blocks are touched first, in their order, and a copy of their bytes in the
-order in which they will be asked for, so that a cold start reads one piece of the disk from its beginning to its end."""
+"""The working set of an image, beside it: which blocks are touched first, in their order, and a copy of their bytes in
+the order in which they will be asked for, so that a cold start reads one piece of the disk from beginning to end."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class WorkingSet:
         return len(self.sums) // 8 * self.block_bytes
 
     def runs(self) -> np.ndarray:
-        """Rows [from, to) of blocks, in the order in which they are to be brought in: sorted within windows that grow, so
-        that the first come first and the rest in large pieces."""
+        """Rows [from, to) of blocks, in the order in which they are to be brought in: sorted within windows that grow,
+        so that the first come first and the rest in large pieces."""
         out, at, window = [], 0, _FIRST_WINDOW
         blocks = self.blocks.astype(np.int64)
         while at < len(blocks):
