@@ -562,7 +562,7 @@ def test_a_migration_while_an_image_is_taken(how, what):
     and that the image has in hand, is not migrated."""
     said = run_script(MIGRATES, argv=[how, what], preload=shim.path()).check().stdout
     assert ("moved True" in said) == (what == "ours"), said
-    assert "whole True" in said or how == "released" and "whole False" in said, said
+    assert "whole True" in said or (how == "released" and "whole False" in said), said
 
 
 HEAP = """
