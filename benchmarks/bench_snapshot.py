@@ -27,6 +27,7 @@ PIECE_BYTES = MIB
 WRITERS = 2
 TOUCHED = max(int(2000 * SCALE), 100)
 PAGE = mmap.PAGESIZE
+AT_RANDOM = np.random.default_rng(5).integers(0, 1 << 40, (512, 64))
 Writer = Callable[[np.ndarray, int], int]
 
 pytestmark = pytest.mark.skipif(bool(why_not_protect()), reason="method 'protect' " + why_not_protect())
@@ -71,9 +72,9 @@ def dense(half: np.ndarray, turn: int) -> int:
 
 
 def sparse(half: np.ndarray, turn: int) -> int:
-    pages = np.random.default_rng(turn).integers(0, len(half) // PAGE, 64) * PAGE
-    half[pages] += 1
-    return len(pages) * PAGE
+    offsets = AT_RANDOM[turn % len(AT_RANDOM)] % (len(half) // PAGE) * PAGE
+    half[offsets] += 1
+    return len(offsets) * PAGE
 
 
 def written_beside(array: np.ndarray, path: Path, method: str, write_some: Writer) -> float:

@@ -176,7 +176,7 @@ MAY_ALLOCATE = {
     "job_release": "a prefetch is over; no lock of malloc is ever held while memory of a region is touched",
     "work_begin": "a flush is asked for, by a program's thread outside of any fault",
     "work_drop": "a flush is over",
-    "foreign_protect": "who asks for the pages that were written, on a program's thread; the thread that lifts does not",
+    "foreign_protect": "who asks for written pages, on a program's thread; the thread that lifts does not",
     "session_begin": "a region over a provider in Python is made",
     "sessions_tell": "such a region is closed",
     "sessions_free": "an engine is gone, or forked",

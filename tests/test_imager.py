@@ -443,6 +443,128 @@ def test_memory_that_was_dropped_before_it_was_saved_is_never_zeros(kind, lackin
     run_script(DROPPED, argv=[kind, *KERNELS[lacking]], preload=shim.path()).check()
 
 
+HANGS = """
+from support.native import controlled
+SIZE = 65536
+provider, control = controlled()
+r = region(8 * SIZE, provider, mode="c", timeout_s=0.5, retries=0)
+array = r.array()
+plain = np.ones(1 << 20, "u1")
+assert array[0] == pattern(0, 1)[0]
+control.close_gate(5 * SIZE, 6 * SIZE)
+file = tempfile.TemporaryFile()
+os.truncate(file.fileno(), 2 << 20)
+image = uffd._core.Imager([(array, 0), (plain, 1 << 20)], file.fileno(), memory_limit_bytes=2 << 20)
+image.start()
+if sys.argv[1] == "wait":
+    try:
+        image.wait(15)
+    except OSError as error:
+        assert error.errno == errno.ETIMEDOUT, error
+    else:
+        raise AssertionError("an image without a block that never came")
+elif sys.argv[1] == "abort":
+    image.abort()
+image.close()
+plain[:] = 2
+array[SIZE] += 1                                    # nobody waits, and what can come comes
+assert array[7 * SIZE] == pattern(7 * SIZE, 1)[0]
+control.open_gate()
+deadline = time.monotonic() + 10
+while control.gate_waiters:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+assert array[5 * SIZE] == pattern(5 * SIZE, 1)[0]
+again = uffd._core.Imager([(array, 0), (plain, 1 << 20)], file.fileno(), memory_limit_bytes=2 << 20)
+right = array.copy()
+again.start()
+assert again.wait(15)
+again.close()
+file.seek(0)
+assert (np.frombuffer(file.read(), "u1")[:8 * SIZE] == right).all()
+"""
+
+
+@pytest.mark.parametrize("how", ["wait", "abort", "close"])
+def test_a_provider_that_hangs_does_not_hold_an_image_for_ever(how, where):
+    """Goal: past the region's time the image is over; its writers, its close and other blocks don't wait for it."""
+    if where.delivery == "inline":
+        pytest.skip("inline delivery: refused")
+    run_script(HANGS, where=where, argv=[how]).check()
+
+
+def test_a_region_stays_open_as_long_as_an_image_has_it(tmp_path, make, where):
+    if where.delivery == "inline":
+        pytest.skip("inline delivery: refused")
+    region = make(1 << 20, uffd.providers.Zero(), mode="c")
+    image = Image([region.array()], tmp_path, keep=True).take()
+    image.ranges.clear()
+    with pytest.raises(BufferError):
+        region.close()
+    image.close()
+    region.close()
+    assert region.closed
+
+
+MIGRATES = """
+from support import shim
+from support.migration import *
+N, release = 4 << 20, sys.argv[1] == "released"
+def destination(incoming):
+    arrival = incoming.accept(20)
+    assert (arrival.arrays["r"] == filled(N, 1)).all() and (arrival.arrays["p"] == filled(N, 8)).all()
+    arrival.wait(20)
+r = uffd.zeros(N // 8, np.int64, delivery="thread")
+r[:] = filled(N)
+p = filled(N, 7)
+file = tempfile.TemporaryFile()
+os.truncate(file.fileno(), 2 * N)
+pid, url = start(destination)
+ranges = [(r, 0)] if sys.argv[2] == "ours" else [(r, 0), (p, N)]
+image = uffd._core.Imager(ranges, file.fileno(), memory_limit_bytes=8 * N)
+shim.Rule("pwrite", 1, -1, errno.EINTR)             # the streamer goes round in its first write
+image.start()
+r += 1
+p += 1
+try:
+    with migrate.connect(url, {"r": r, "p": p}, release=release) as outgoing:
+        outgoing.precopy(1)
+        outgoing.switchover()
+        outgoing.wait(20)
+    moved = True
+except (ValueError, OSError, uffd.UffdError) as error:
+    print(type(error).__name__, error)
+    moved = False
+shim.clear()
+try:
+    whole = image.wait(20)
+except (OSError, uffd.SnapshotError) as error:
+    print(type(error).__name__, error)
+    whole = False
+image.close()
+file.seek(0)
+got = np.frombuffer(file.read(), np.int64)
+print("moved", moved, "whole", whole)
+assert not whole or (got[:N // 8] == filled(N)).all() and (len(ranges) == 1 or (got[N // 8:] == filled(N, 7)).all())
+if moved:
+    assert ended(pid) == 0
+else:
+    os.kill(pid, 9)
+    ended(pid)
+    r[0] = 5
+"""
+
+
+@pytest.mark.parametrize("what", ["ours", "both"])
+@pytest.mark.parametrize("how", ["released", "kept"])
+def test_a_migration_while_an_image_is_taken(how, what):
+    """Goal: an image that says that it is whole is, and the destination has what it was sent; memory that is not ours,
+    and that the image has in hand, is not migrated."""
+    said = run_script(MIGRATES, argv=[how, what], preload=shim.path()).check().stdout
+    assert ("moved True" in said) == (what == "ours"), said
+    assert "whole True" in said or (how == "released" and "whole False" in said), said
+
+
 HEAP = """
 import json
 arrays = [np.zeros(640, "i8") + 0 for _ in range(400)]          # 5 KiB each: neighbours share pages with each other

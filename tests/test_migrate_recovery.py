@@ -59,7 +59,7 @@ assert ended(pid) == 0
 
 def test_a_long_wait_is_told_and_ctrl_c_twice_ends_it():
     """Goal: a touch that waits for a paused migration is told of on stderr, and Ctrl-C twice gets the program out of
-    it, as of other waits. Method: the destination's stderr is a pipe; once the line is there, Ctrl-C until it has ended."""
+    it, as of other waits. Method: the destination's stderr is a pipe; once the line is there, Ctrl-C until it ends."""
     script("""
 def destination(incoming):
     os.dup2(tell, 2)

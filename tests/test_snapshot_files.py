@@ -209,6 +209,35 @@ def test_compressed_images(tmp_path, image, blosc2):
         taken(arrays, tmp_path / "x", base=tmp_path / "c.b2frame")
 
 
+def test_a_flipped_bit_of_a_compressed_image_is_never_data(tmp_path, blosc2):
+    """Goal: what Blosc2 stores as it is, or decodes all the same, is found when it is opened and touched."""
+    rng = np.random.default_rng(8)
+    arrays = {"noise": rng.integers(0, 256, 300_000).astype("u1"), "rows": np.arange(60_000).reshape(300, 200)}
+    path = tmp_path / "c"
+    taken(arrays, path, compress="lz4")
+    right = path.read_bytes()
+    refused = 0
+    for at in rng.integers(0, len(right), 60).tolist():
+        damaged = bytearray(right)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            found = uffd.open(path)
+            for name in list(found):
+                uffd.populate(found[name])
+            copies = {name: np.array(found[name]) for name in found}
+        except (ValueError, OSError):
+            refused += 1
+            continue
+        assert copies.keys() == arrays.keys(), at
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(copies[name], array)
+        del found
+    assert refused > 30
+    path.write_bytes(right)
+    assert_has(path, arrays)
+
+
 # ---- damage
 
 
@@ -321,6 +350,50 @@ def test_a_working_set_is_replayed_by_another_load(image):
     stored.write_bytes(whole)
     taken(arrays, path)
     assert snapshot.load(path).replay() is None
+
+
+def test_copies_of_a_working_set_are_read_in_the_images_place_and_never_believed(tmp_path):
+    """Goal: a start reads the copies; those that are damaged, cut or gone are read from the image; of a chain, too."""
+    rng = np.random.default_rng(6)
+    array = rng.integers(0, 256, 40 * 65536 + 777).astype("u1")
+    taken(array, tmp_path / "0")
+    array[7 * 65536:9 * 65536] = rng.integers(0, 256, 2 * 65536)
+    taken(array, tmp_path / "a", base=tmp_path / "0")
+    stored = tmp_path / "a.touched"
+    order = [39, 7, 40, 3, 8, 4, 20]
+    arrays = snapshot.load(tmp_path / "a", readahead_bytes=0)
+    for block in order:
+        assert arrays["array"][block * 65536] == array[block * 65536]
+    assert arrays.save_working_set() == len(order)
+    whole = stored.read_bytes()
+    begin = len(whole) - len(order) * 65536
+    assert begin == 4096
+    for damage in ("none", "flipped", "cut", "gone"):
+        stored.write_bytes(whole)
+        arrays = snapshot.load(tmp_path / "a", readahead_bytes=0) if damage == "none" else None
+        if damage == "flipped":
+            text = bytearray(whole)
+            for block in range(len(order)):
+                text[begin + block * 65536 + 100] ^= 4
+            stored.write_bytes(text)
+        elif damage == "cut":
+            stored.write_bytes(whole[:-1])
+        elif damage == "gone":
+            stored.unlink()
+        arrays = snapshot.load(tmp_path / "a", readahead_bytes=0) if arrays is None else arrays
+        replayed = arrays.replay()
+        assert (replayed is None) == (damage in ("cut", "gone"))
+        if replayed is not None:
+            replayed.wait(10)
+        np.testing.assert_array_equal(arrays["array"], array)
+    stored.write_bytes(whole)
+    chain = snapshot._tools.image_at(tmp_path / "a")
+    with open(tmp_path / "0", "r+b") as file:            # what has a copy needs no original
+        file.seek(chain.files[1].data_offset + 3 * 65536)
+        file.write(b"damage" * 100)
+    arrays = snapshot.load(tmp_path / "a", readahead_bytes=0)
+    arrays.replay().wait(10)
+    assert (arrays["array"][3 * 65536:5 * 65536] == array[3 * 65536:5 * 65536]).all()
 
 
 # ---- the command line

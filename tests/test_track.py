@@ -321,12 +321,14 @@ def test_closed_regions_end_their_trackers(make):
 FORK = """
 import itertools
 where = itertools.count()
+uffd._core.mode()
+uffd._core.mask(sum(uffd._core.FEATURES[name] for name in sys.argv[1:]))
 r = region(16 * BLOCK, providers.Memory(pattern(0, 16 * BLOCK)), mode="c")
 array = r.array()
 array[:4 * BLOCK] += 1
 heap = np.zeros(16 * PAGE, "u1")
 trackers = [uffd.track(r)]
-if uffd._core.supports("WP_ASYNC"):
+if uffd._core.supports("WP_ASYNC") or uffd._core.mode()[0] == "full" and uffd._core.supports("EXACT_ADDRESS"):
     trackers.append(uffd.track(heap))
 array[PAGE] += 1
 def child():
@@ -359,8 +361,9 @@ for tracker in trackers[1:]:
 """
 
 
-def test_a_forked_child_tracks_its_copy_of_a_region_and_nothing_else():
-    run_script(FORK).check()
+@pytest.mark.parametrize("lacking", KERNELS.values(), ids=KERNELS)
+def test_a_forked_child_tracks_its_copy_of_a_region_and_nothing_else(lacking):
+    run_script(FORK, argv=lacking).check()
 
 
 PINNED = """

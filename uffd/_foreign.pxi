@@ -354,9 +354,13 @@ cdef void foreign_end(Foreign_t *f) noexcept nogil:
 
 cdef void foreign_fork_child() noexcept nogil:
     """fork() took the lock. The child's memory is registered nowhere, and the pagemap would be the parent's."""
+    global lift_fd
     cdef Foreign_t *f = foreign_all
     pthread_mutex_init(&foreign_lock, NULL)
-    u32_store(&lifting, 0)                  # its thread is the parent's
+    u32_store(&lifting, 0)                  # the thread is the parent's, and so is what would end it
+    if lift_fd >= 0:
+        close(lift_fd)
+    lift_fd = -1
     foreign_shut()
     while f != NULL:
         f.lost = -ECHILD

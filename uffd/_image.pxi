@@ -218,7 +218,13 @@ cdef int obtain_aside(Image_t *m, RegionPart *p, uint64_t b, int *err) noexcept 
     cdef uint64_t nbytes = run_bytes(r, b, 1), span = block_span(r, b)
     err[0] = slot_buffer(s)
     if err[0] == 0 and claim_aside(s, r, b):
+        m.filling_slot = s
+        m.filling_region = r
+        m.filling_block = b
+        u32_store(&m.filling, FILLING_NOT if r.hosted else FILLING_BUSY)
         err[0] = obtain(s, r, b << r.shift, nbytes, &source)
+        if not r.hosted and not u32_cas(&m.filling, FILLING_BUSY, FILLING_NOT):
+            pthread_exit(NULL)              # given up: nothing of this may be touched any more
         if err[0] == 0 and source == NULL:
             memset(m.stream_bytes, 0, span)
         elif err[0] == 0 and r.fill.kind == FILL_DIRECT:
@@ -230,6 +236,34 @@ cdef int obtain_aside(Image_t *m, RegionPart *p, uint64_t b, int *err) noexcept 
         return err[0] == 0
     obtained_return(s, r)
     return 0
+
+
+cdef void image_give_up(Image_t *m) noexcept nogil:
+    """By who waits for the streamer: when it hangs in a function of a provider's, past the region's time, the image is
+    over, and its block is missing again. The thread, its buffer and this mapping are left to that function for ever; so
+    is its slot, but for functions that know of no slots. (Providers in Python come back: their hosts are killed.)"""
+    cdef Slot *s = m.filling_slot
+    cdef Region_t *r = m.filling_region
+    cdef Slot *mine
+    if u32_load(&m.filling) != FILLING_BUSY or now_ns() < s.deadline_ns + SECOND_NS // 2:
+        return
+    if r.wait_for_ever and not u32_load(&m.aborted) or not u32_cas(&m.filling, FILLING_BUSY, FILLING_GIVEN_UP):
+        return
+    mine = call_borrow(r.engine)
+    critical_enter(mine)
+    publish(r, m.filling_block, 1, MISSING)
+    critical_leave(mine)
+    call_return(r.engine, mine)
+    uf_wake(r.fd, <uint64_t>(r.base + (m.filling_block << r.shift)), block_span(r, m.filling_block))
+    phase_change(s, BUSY, IDLE)
+    u64_store(&s.since_ns, 0)
+    s.staging = NULL
+    if r.fill.call == &native_fill:
+        call_return(r.engine, s)
+    image_fail(m, -ETIMEDOUT, False)
+    image_lift_all(m)
+    u32_sub(&m.threads, 1)
+    image_over(m)
 
 
 cdef bint claim_aside(Slot *s, Region_t *r, uint64_t b) noexcept nogil:

@@ -39,9 +39,10 @@ struct image_file {
 };
 
 struct uffd_image {
-    uint64_t files, extents;
+    uint64_t files, extents, unders;
     struct image_file *file;
-    struct image_extent *extent;
+    struct image_extent *extent;        /* what is read */
+    struct image_extent *under;         /* or NULL: the same without the last file, which has copies of the others */
 };
 
 static inline bool image_zeros(const uint8_t *bytes, size_t nbytes)
@@ -92,12 +93,12 @@ static inline int image_read_file(const struct image_file *f, uint64_t at, uint8
 }
 
 /* The first extent that ends behind an offset. */
-static inline uint64_t uffd_image_extent(const struct uffd_image *image, uint64_t offset)
+static inline uint64_t image_extent_at(const struct image_extent *extent, uint64_t extents, uint64_t offset)
 {
-    uint64_t low = 0, high = image->extents;
+    uint64_t low = 0, high = extents;
     while (low < high) {
         uint64_t middle = (low + high) / 2;
-        if (image->extent[middle].at + image->extent[middle].nbytes <= offset)
+        if (extent[middle].at + extent[middle].nbytes <= offset)
             low = middle + 1;
         else
             high = middle;
@@ -108,7 +109,7 @@ static inline uint64_t uffd_image_extent(const struct uffd_image *image, uint64_
 /* Tells the kernel that a range will be read: a disk then has many requests at once, not one for each worker. */
 static inline void uffd_image_ahead(const struct uffd_image *image, uint64_t offset, uint64_t nbytes)
 {
-    for (uint64_t i = uffd_image_extent(image, offset); nbytes && i < image->extents; i++) {
+    for (uint64_t i = image_extent_at(image->extent, image->extents, offset); nbytes && i < image->extents; i++) {
         const struct image_extent *e = &image->extent[i];
         uint64_t skip = offset - e->at, n = e->nbytes - skip < nbytes ? e->nbytes - skip : nbytes;
         const struct image_file *f = &image->file[e->file];
@@ -117,24 +118,30 @@ static inline void uffd_image_ahead(const struct uffd_image *image, uint64_t off
     }
 }
 
-static inline int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes)
+static inline int image_read(const struct uffd_image *image, const struct image_extent *extent, uint64_t extents,
+                             uint64_t offset, uint8_t *to, size_t nbytes)
 {
-    const struct uffd_image *image = self;
-    uint64_t low = uffd_image_extent(image, offset);
-    uint8_t *to = block;
-    (void)slot;
-    for (; nbytes; low++) {
-        if (low == image->extents)
+    for (uint64_t low = image_extent_at(extent, extents, offset); nbytes; low++) {
+        if (low == extents)
             return -ENODATA;
-        const struct image_extent *e = &image->extent[low];
+        const struct image_extent *e = &extent[low];
         uint64_t skip = offset - e->at;
         size_t n = e->nbytes - skip < nbytes ? (size_t)(e->nbytes - skip) : nbytes;
         int err = image_read_file(&image->file[e->file], e->file_at + skip, to, n);
+        if (err && extent != image->under && image->under && e->file == image->files - 1)
+            err = image_read(image, image->under, image->unders, offset, to, n);    /* a damaged copy: the original */
         if (err)
             return err;
         offset += n, to += n, nbytes -= n;
     }
     return 0;
+}
+
+static inline int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes)
+{
+    const struct uffd_image *image = self;
+    (void)slot;
+    return image_read(image, image->extent, image->extents, offset, block, nbytes);
 }
 
 static inline void uffd_image_free(struct uffd_image *image)
@@ -147,34 +154,37 @@ static inline void uffd_image_free(struct uffd_image *image)
     if (image) {
         free(image->file);
         free(image->extent);
+        free(image->under);
         free(image);
     }
 }
 
 /* An image without its files' sums, whose descriptors are -1; NULL: no memory. */
-static inline struct uffd_image *uffd_image_make(uint64_t files, uint64_t extents)
+static inline struct uffd_image *uffd_image_make(uint64_t files, uint64_t extents, uint64_t unders)
 {
     struct uffd_image *image = calloc(1, sizeof *image);
     if (!image)
         return NULL;
     image->file = calloc(files + 1, sizeof *image->file);
     image->extent = calloc(extents + 1, sizeof *image->extent);
-    if (!image->file || !image->extent) {
+    image->under = unders ? calloc(unders, sizeof *image->under) : NULL;
+    if (!image->file || !image->extent || (unders && !image->under)) {
         uffd_image_free(image);
         return NULL;
     }
-    image->files = files, image->extents = extents;
+    image->files = files, image->extents = extents, image->unders = unders;
     for (uint64_t i = 0; i < files; i++)
         image->file[i].fd = -1;
     return image;
 }
 
 /* Each extent lies in its file, each follows the one before it, and together they are nbytes. */
-static inline bool uffd_image_whole(const struct uffd_image *image, uint64_t nbytes)
+static inline bool image_whole(const struct uffd_image *image, const struct image_extent *extent, uint64_t extents,
+                               uint64_t nbytes)
 {
     uint64_t at = 0;
-    for (uint64_t i = 0; i < image->extents; i++) {
-        const struct image_extent *e = &image->extent[i];
+    for (uint64_t i = 0; i < extents; i++) {
+        const struct image_extent *e = &extent[i];
         if (e->at != at || e->nbytes == 0 || e->nbytes > nbytes - at || e->file >= image->files)
             return false;
         const struct image_file *f = &image->file[e->file];
@@ -183,6 +193,12 @@ static inline bool uffd_image_whole(const struct uffd_image *image, uint64_t nby
         at += e->nbytes;
     }
     return at == nbytes;
+}
+
+static inline bool uffd_image_whole(const struct uffd_image *image, uint64_t nbytes)
+{
+    return image_whole(image, image->extent, image->extents, nbytes)
+        && (!image->under || image_whole(image, image->under, image->unders, nbytes));
 }
 
 /* ---- writing ----------------------------------------------------------------------------------------------------- */

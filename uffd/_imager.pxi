@@ -6,6 +6,9 @@
 # The file is the caller's: each range's bytes go to `fd` at the offset that it gave. What is not written is zero (or,
 # in a series, as it was in the image before).
 
+_left = []                                  # views of regions that a lost streamer may still be in
+
+
 @no_gc_clear
 cdef class Imager:
     """An image of ranges of memory at one instant. ranges: [(contiguous buffer, offset in the file), ...]; buffers that
@@ -154,6 +157,7 @@ cdef class Imager:
                 return False
             with nogil:
                 futex_wait(&m.done, 0, u64_min(SLICE_NS, deadline - now))
+                image_give_up(m)
             PyErr_CheckSignals()
             m = self._live()
         self._check()
@@ -196,6 +200,7 @@ cdef class Imager:
         while u32_load(&m.streaming):
             with nogil:
                 futex_wait(&m.streaming, 1, SLICE_NS)
+                image_give_up(m)
             m = self._live()                # closed by another thread meanwhile
 
     def finish(self):
@@ -220,6 +225,9 @@ cdef class Imager:
                     image_forget(m)
                 if m.aside != NULL:
                     munmap(m.aside, m.buffers)
+            if u32_load(&m.filling) == FILLING_GIVEN_UP:
+                _left.append(self.views)    # their regions stay, for the function that hangs in one of them
+            else:
                 munmap(m, m.bytes)
         self.views = []
 

@@ -325,7 +325,7 @@ cdef void image_lift_all(Image_t *m) noexcept nogil:
 
 cdef void image_stop(Image_t *m) noexcept nogil:
     """The end: threads, registrations (which lets go whoever waits), descriptors. Waits for the streamer, which looks
-    at `aborted` after each write."""
+    at `aborted` after each write and each block, or is given up."""
     cdef uint64_t i
     u32_store(&m.aborted, 1)
     u32_store(&m.ending, 1)
@@ -334,6 +334,7 @@ cdef void image_stop(Image_t *m) noexcept nogil:
     image_ring(m)
     while u32_load(&m.streaming):
         futex_wait(&m.streaming, 1, SLICE_NS)
+        image_give_up(m)
     if m.uffd >= 0:
         for i in range(m.spans):
             lift_span(m, m.span[i].start, m.span[i].end)

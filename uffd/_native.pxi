@@ -66,7 +66,8 @@ cdef extern from "_imagefile.h" nogil:
     struct uffd_image:
         image_file *file
         image_extent *extent
-    uffd_image *uffd_image_make(uint64_t files, uint64_t extents) noexcept
+        image_extent *under
+    uffd_image *uffd_image_make(uint64_t files, uint64_t extents, uint64_t unders) noexcept
     bint uffd_image_whole(const uffd_image *image, uint64_t nbytes) noexcept
     int uffd_image_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
     void uffd_image_ahead(const uffd_image *image, uint64_t offset, uint64_t nbytes) noexcept
@@ -77,6 +78,12 @@ cdef struct FileSource:
     uint64_t offset             # of the region's byte 0 in the file
     int plain_fd                # O_DIRECT: without it, for what is written and not of whole pages; or -1
     char *bounce[MAX_SLOTS]     # O_DIRECT: aligned buffers, one per slot, mapped at its first fill
+
+cdef struct PackedSource:       # a compressed image: another provider's bytes, each unit held against its sum
+    Fill *frame
+    uint64_t nbytes
+    uint64_t seed
+    uint64_t *sum
 
 cdef struct NativeSource:
     uffd_fill_fn function
@@ -161,6 +168,39 @@ def load_codec():
         raise _os_error(err, "no libzstd.so.1 on this machine, for compress='zstd' (Debian: apt install libzstd1)")
 
 
+cdef int packed_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil:
+    """Whole units in place, others through a copy on the stack. EBADMSG: not the bytes of their sum."""
+    cdef PackedSource *packed = <PackedSource *>self
+    cdef uint8_t whole[IMAGE_UNIT]
+    cdef uint8_t *to = <uint8_t *>block
+    cdef uint8_t *at
+    cdef uint64_t unit, skip, has, n
+    cdef int err
+    while nbytes:
+        unit = offset // IMAGE_UNIT
+        skip = offset % IMAGE_UNIT
+        has = u64_min(IMAGE_UNIT, packed.nbytes - unit * IMAGE_UNIT)
+        n = u64_min(has - skip, nbytes)
+        at = to if n == has else whole
+        err = packed.frame.call(packed.frame.self, slot, unit * IMAGE_UNIT, at, <size_t>has)
+        if err != 0:
+            return err
+        if c_image_sum(packed.seed, unit, at, <size_t>has) != packed.sum[unit]:
+            return -EBADMSG
+        if n < has:
+            memcpy(to, at + skip, <size_t>n)
+        to += n
+        offset += n
+        nbytes -= <size_t>n
+    return 0
+
+
+cdef void packed_forget(void *self, uint32_t slot) noexcept nogil:
+    cdef PackedSource *packed = <PackedSource *>self
+    if packed.frame.forget != NULL:
+        packed.frame.forget(packed.frame.self, slot)
+
+
 @no_gc_clear
 cdef class Filler:
     """A native provider as the core sees it. Immutable; kept alive by the regions that use it."""
@@ -170,6 +210,7 @@ cdef class Filler:
     cdef uffd_b2 *frame
     cdef uffd_checked *checked
     cdef uffd_image *image_files
+    cdef PackedSource packed
     cdef object __weakref__
     cdef Py_buffer view
     cdef bint has_view
@@ -284,28 +325,53 @@ cdef class Filler:
         return f
 
     @staticmethod
-    def image(list files, bytes extents, uint64_t nbytes):
+    def image(list files, bytes extents, uint64_t nbytes, bytes under=b""):
         """An image of memory over its files: [(descriptor, data offset, data bytes, seed, sums as 64-bit words)], and
-        extents as four 64-bit words each (_imagefile.h). Takes none of the descriptors over. ValueError where the
-        extents don't fit."""
+        extents as four 64-bit words each (_imagefile.h). under: the same without the last file, whose bytes are copies;
+        where they are damaged the originals are read. Takes none of the descriptors over. ValueError where the extents
+        don't fit."""
         cdef Filler f = Filler()
         cdef uint64_t i, n = <uint64_t>len(extents) // sizeof(image_extent)
-        f.image_files = uffd_image_make(<uint64_t>len(files), n)
+        f.image_files = uffd_image_make(<uint64_t>len(files), n, <uint64_t>len(under) // sizeof(image_extent))
         if f.image_files == NULL:
             raise MemoryError("no memory for an image's files")
         for i in range(<uint64_t>len(files)):
             _image_file(&f.image_files.file[i], files[i])
         memcpy(f.image_files.extent, PyBytes_AsString(extents), n * sizeof(image_extent))
+        if len(under):
+            memcpy(f.image_files.under, PyBytes_AsString(under), <size_t>len(under))
         if not uffd_image_whole(f.image_files, nbytes):
             raise ValueError(f"the extents don't cover the image's {nbytes} bytes, or leave their files")
         own = [(f.image_files.file[i].fd, *files[i][1:]) for i in range(<uint64_t>len(files))]
-        f.remake = lambda: Filler.image(own, extents, nbytes)
+        f.remake = lambda: Filler.image(own, extents, nbytes, under)
         f.kind = "image"
         f.nbytes = nbytes
         f.fill.kind = FILL_CALL
         f.fill.call = &uffd_image_fill
         f.fill.self = f.image_files
         f.fill.may_block = True             # a unit is read to the stack: too much for a signal handler
+        return f
+
+    @staticmethod
+    def summed(Filler frame not None, uint64_t seed, bytes sums):
+        """The bytes of another one that calls a function, each unit of 64 KiB held against its sum, as 64-bit words.
+        ValueError for the wrong number of sums."""
+        cdef Filler f = Filler()
+        if <uint64_t>len(sums) != (<uint64_t>frame.nbytes + IMAGE_UNIT - 1) // IMAGE_UNIT * 8:
+            raise ValueError(f"{len(sums)} bytes of sums for {frame.nbytes} bytes")
+        f.remake = lambda: Filler.summed(frame.again(), seed, sums)
+        f.keep = (frame, sums)
+        f.kind = "summed"
+        f.nbytes = frame.nbytes
+        f.packed.frame = &frame.fill
+        f.packed.nbytes = <uint64_t>frame.nbytes
+        f.packed.seed = seed
+        f.packed.sum = <uint64_t *>PyBytes_AsString(sums)
+        f.fill.kind = FILL_CALL
+        f.fill.call = &packed_fill
+        f.fill.forget = &packed_forget
+        f.fill.self = &f.packed
+        f.fill.may_block = True
         return f
 
     @staticmethod

@@ -23,6 +23,9 @@ cdef enum:
     ASIDE_FREE = 0                          # what untouched memory says
     ASIDE_TAKEN = 1
     ASIDE_FULL = 2
+    FILLING_NOT = 0
+    FILLING_BUSY = 1
+    FILLING_GIVEN_UP = 2                    # the streamer is lost in it; the image is over, without it
 
 cdef struct Part:                           # one array's bytes; sorted by start
     uint64_t start
@@ -75,6 +78,10 @@ cdef struct Image_t:
     uint32_t done                           # futex: all is written, or it failed
     uint32_t bell                           # futex: the streamer is to look
     uint32_t wanted                         # writers wait for the streamer
+    uint32_t filling                        # FILLING_NOT, or the streamer is in a provider's function, of:
+    Slot *filling_slot
+    Region_t *filling_region
+    uint64_t filling_block
     uint32_t threads                        # futex: ours that run
     uint32_t go                             # futex: the streamer is to write an image
     uint32_t ending                         # or to end
@@ -332,6 +339,10 @@ cdef void stream_image(Image_t *m) noexcept nogil:
         image_fail(m, -ENOENT, True)
     if u32_load(&m.aborted):
         image_lift_all(m)
+    image_over(m)
+
+
+cdef void image_over(Image_t *m) noexcept nogil:
     u32_store(&m.streaming, 0)              # first: who sees `done` may begin the next image
     futex_wake_all(&m.streaming)
     u32_store(&m.done, 1)

@@ -122,6 +122,7 @@ cdef extern from "_sys.h" nogil:
     int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept
     int pthread_mutex_trylock(pthread_mutex_t *mutex) noexcept
     int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept
+    void pthread_exit(void *result) noexcept
     int pthread_detach(pthread_t thread) noexcept
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
                        void (*child)() noexcept nogil) noexcept
@@ -155,7 +156,7 @@ cdef extern from "_sys.h" nogil:
     void *MAP_FAILED
     int errno
     int EAGAIN, EEXIST, EINTR, EIO, ENODATA, ENOENT, ENOMEM, EFAULT, ETIMEDOUT, ENOSPC
-    int ENOSYS, EINVAL, ENOTSUP, EBUSY, ECONNRESET, ECHILD, EPERM, ESTALE, ENOTTY
+    int ENOSYS, EINVAL, ENOTSUP, EBUSY, ECONNRESET, ECHILD, EPERM, ESTALE, ENOTTY, EBADMSG
 
 cdef extern from "_sigbus.h" nogil:
     enum:

@@ -1,4 +1,4 @@
-"""Random sequences of writes, trackers, images, series and restarts against copies of the arrays (hypothesis, stateful)."""
+"""Random sequences of writes, trackers, images, series and restarts against copies of arrays (hypothesis, stateful)."""
 
 import contextlib
 import gc
@@ -89,7 +89,7 @@ class Machine(RuleBasedStateMachine):
         try:
             self.trackers.append((name, uffd.track(self.arrays[name]), self.arrays[name].copy()))
         except uffd.Unavailable:
-            assert name == "ours" and not self.region.tracked or matrix.missing_feature("WP_ASYNC")
+            assert (name == "ours" and not self.region.tracked) or matrix.missing_feature("WP_ASYNC")
 
     @precondition(lambda self: self.trackers)
     @rule(n=st.integers(0, 3), reset=st.sampled_from([True, True, False]))
@@ -111,7 +111,7 @@ class Machine(RuleBasedStateMachine):
 
     def possible(self, method, base):
         """Whether `take` can do it: what has this memory in hand, and what it is."""
-        taken = any(name != "ours" for name, _, _ in self.trackers) or self.kept() and base is not self.last
+        taken = any(name != "ours" for name, _, _ in self.trackers) or (self.kept() and base is not self.last)
         protect = matrix.full_mode() and self.where.delivery == "thread" and not taken
         fork = self.where.backing != "shared"
         return {"protect": protect, "fork": fork, "auto": protect or fork}[method]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from types import ModuleType
@@ -17,6 +18,7 @@ from .tensors import TensorMap
 # Names, in a packed frame's variable-length metadata, of the header of the file it was made from.
 NPY_HEADER = "uffd_npy_header"
 SAFETENSORS_HEADER = "uffd_safetensors_header"
+SUMS = "uffd_sums"  # of an image of memory: 64 bits for each 64 KiB of the super-chunk
 
 _LENGTH_AT = 16  # big-endian 64-bit length of the frame, after its msgpack tag
 _BLOCK_BYTES_MIN = 1 << 16
@@ -42,7 +44,7 @@ def open_frame(path: str, serving: Serving) -> np.ndarray | TensorMap:
         return _array(header, schunk.nbytes, path, serving, block_bytes)
     safetensors_header = _header_in(schunk, SAFETENSORS_HEADER, path)
     if safetensors_header is not None:
-        return _tensors(safetensors_header, schunk.nbytes, path, serving, block_bytes)
+        return _tensors(safetensors_header, schunk, path, serving, block_bytes)
     dtype, shape = (np.dtype("u1"), (schunk.nbytes,)) if opened is schunk else (opened.dtype, tuple(opened.shape))
     return _array(npy.Header.made(dtype, shape), schunk.nbytes, path, serving, block_bytes)
 
@@ -93,13 +95,23 @@ def _array(header: npy.Header, data_bytes: int, path: str, serving: Serving, blo
     return region.array(header.dtype, header.shape, order=header.order)
 
 
-def _tensors(text: bytes, data_bytes: int, path: str, serving: Serving, block_bytes: int) -> TensorMap:
+def sums_seed(header: bytes) -> int:
+    """With which the sums were made: so they don't fit a header that is not theirs."""
+    return int.from_bytes(hashlib.blake2b(header, digest_size=8).digest(), "little")
+
+
+def _tensors(text: bytes, schunk: Any, path: str, serving: Serving, block_bytes: int) -> TensorMap:
+    data_bytes: int = schunk.nbytes
     tensors, metadata = safetensors.parse_header(text, path, data_bytes, gaps=True)
     if "uffd_snapshot" in metadata:
         from ..snapshot import _opening
 
-        return _opening.open_parts(path, metadata, tensors, data_bytes, serving, lambda: providers.Blosc2File(path),
-                                   block_bytes)
+        sums = _header_in(schunk, SUMS, path)
+        if sums is None or len(sums) != -(-data_bytes // (1 << 16)) * 8:
+            raise ValueError(f"{path}: damaged: a compressed image without its checksums")
+        seed = sums_seed(text)
+        return _opening.open_parts(path, metadata, tensors, data_bytes, serving,
+                                   lambda: _opening.PackedProvider(path, seed, sums), max(block_bytes, 1 << 16))
 
     def make_region(_part: int) -> Any:
         return serving.region(data_bytes, providers.Blosc2File(path), path, block_bytes)

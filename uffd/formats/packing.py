@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 import uuid
 import zlib
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .._coreless import core as _core
 from . import frames, npy, recognise, safetensors
 from .sources import LocalSource
 from .tensors import bits_of
@@ -54,6 +56,7 @@ class Plan:
     chunk_bytes: int
     header_name: str
     header: bytes
+    summed: bool = False  # an image of memory: each 64 KiB have a checksum, which Blosc2 has not
 
 
 def pack_file(
@@ -144,7 +147,8 @@ def _plan_tensors(source: str, kind: str) -> Plan:
     header |= {name: entries[name] for name in catalogue.tensors}  # the order that the user knows
     text = json.dumps(header, separators=(",", ":")).encode()
     nbytes = _round_up(offset, _SMALL_ALIGN_BYTES)
-    return Plan(tuple(extents), nbytes, itemsize, chunk_bytes, frames.SAFETENSORS_HEADER, text)
+    return Plan(tuple(extents), nbytes, itemsize, chunk_bytes, frames.SAFETENSORS_HEADER, text,
+                "uffd_snapshot" in catalogue.metadata)
 
 
 def _text(value: Any) -> str:
@@ -185,6 +189,7 @@ def _write_frame(
 
     current_width = plan.extents[0].width if plan.extents else 1
     checksums: list[int] = []
+    sums: list[int] = []
     done_bytes = 0
     try:
         schunk = blosc2.SChunk(
@@ -196,9 +201,15 @@ def _write_frame(
                 current_width = width
             schunk.append_data(data)
             checksums.append(zlib.crc32(data))
+            if plan.summed:
+                seed = frames.sums_seed(plan.header)
+                sums += [_core.image_sum(data[at : at + BLOCK_BYTES], seed, (done_bytes + at) // BLOCK_BYTES)
+                         for at in range(0, len(data), BLOCK_BYTES)]
             done_bytes += len(data)
             if progress is not None:
                 progress("compress", done_bytes, plan.nbytes)
+        if plan.summed:
+            schunk.vlmeta[frames.SUMS] = struct.pack(f"<{len(sums)}Q", *sums)
         schunk.vlmeta[plan.header_name] = plan.header  # last: each append rewrites what follows the chunks
     except RuntimeError as error:  # all the library says of a full disk, too
         raise OSError(f"{path}: Blosc2 could not write after {done_bytes} of {plan.nbytes} bytes: {error}") from error

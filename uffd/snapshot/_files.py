@@ -279,9 +279,12 @@ class Chain:
         for number in reversed(range(len(self.files))):
             self.extents = _overlaid(self.extents, _placed(self.files[number].extents, number))
 
-    def filler(self) -> Any:
-        """The core's reader of it, each piece against its checksum. OSError; ValueError where a file was replaced."""
+    def filler(self, copies: Any = None) -> Any:
+        """The core's reader of it, each piece against its checksum. copies: a `WorkingSet` of it with bytes, which are
+        read in the place of those in the files as long as they are whole. OSError; ValueError where a file was
+        replaced."""
         fds: list[int] = []
+        extents, under = self.extents, b""
         try:
             for file in self.files:
                 fds.append(os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
@@ -289,7 +292,12 @@ class Chain:
                     raise ValueError(f"{file.path}: changed while it was opened")
             rows = [(fd, file.data_offset, file.data_bytes, file.seed, file.sums)
                     for fd, file in zip(fds, self.files, strict=True)]
-            return _core.Filler.image(rows, self.extents.tobytes(), self.layout.nbytes)
+            if copies is not None and os.path.exists(copies.path):
+                fds.append(os.open(copies.path, os.O_RDONLY | os.O_CLOEXEC))
+                rows.append((fds[-1], copies.data_offset, copies.data_bytes, copies.seed, copies.sums))
+                extents = _overlaid(extents, copies.extents(self.layout.nbytes, len(self.files)))
+                under = self.extents.tobytes()
+            return _core.Filler.image(rows, extents.tobytes(), self.layout.nbytes, under)
         finally:
             for fd in fds:
                 os.close(fd)

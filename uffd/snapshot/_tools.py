@@ -13,7 +13,7 @@ import numpy as np
 from .._coreless import core as _core
 from ..formats import frames, recognise, safetensors
 from ..formats.sources import LocalSource
-from . import _files, _layout, _merging, _opening
+from . import _files, _layout, _merging, _opening, _touched
 from ._files import Chain
 from ._target import Target
 
@@ -52,7 +52,8 @@ class Info:
 
 
 class Packed:
-    """A compressed image, read as it was before it was packed. Its checksums are those of the plain file."""
+    """A compressed image, read as it was before it was packed. It has the plain file's checksums, which `verify` looks
+    at, and its own, in their compressed order, which each read is held against."""
 
     def __init__(self, path: str) -> None:
         schunk = frames._open_checked(path)
@@ -66,9 +67,10 @@ class Packed:
         self.layout = _layout.layout_from(metadata.get("uffd_arrays"), path)
         self.files: list[Any] = []
         self._tensors = tensors
-        from .. import providers
-
-        self._provider = providers.Blosc2File(path)
+        sums = frames._header_in(getattr(schunk, "schunk", schunk), frames.SUMS, path)
+        if text is None or sums is None or len(sums) != -(-schunk.nbytes // _files.UNIT_BYTES) * 8:
+            raise ValueError(f"{path}: damaged: a compressed image without its checksums")
+        self._provider = _opening.PackedProvider(path, frames.sums_seed(text), sums)
         self._at = {e.name: tensors[e.name].offset for e in self.layout.entries if e.name in tensors}
         if len(self._at) != len(self.layout.entries):
             raise ValueError(f"{path}: damaged: arrays of its table are missing")
@@ -85,8 +87,8 @@ class Packed:
         try:
             self._provider._made.fill_now(offset, out)
         except OSError as error:
-            raise ValueError(f"{self.path}: damaged: bytes {offset} to {offset + len(out)} can't be "
-                             "decompressed") from error
+            raise ValueError(f"{self.path}: damaged: bytes {offset} to {offset + len(out)} can't be decompressed, or "
+                             "are not those of their checksums") from error
 
     def seal(self) -> tuple[int, np.ndarray]:
         """(seed, sums) of the plain file."""
@@ -118,12 +120,12 @@ def info(path: str | os.PathLike[str]) -> Info:
     packed = isinstance(image, Packed)
     arrays = {e.name: {"dtype": str(e.dtype), "shape": list(e.shape), "order": e.order, "nbytes": e.nbytes}
               for e in image.layout.entries}
-    touched = _opening.working_set(image.path, image.id)
+    touched = _touched.read(image.path, image.id)
     created_s = image.created_s if isinstance(image, Packed) else image.files[0].created_s
     return Info(image.path, image.id, _files.VERSION, created_s, packed, arrays,
                 sum(e.nbytes for e in image.layout.entries),
                 os.stat(image.path).st_size if packed else image.files[0].data_bytes,
-                [image.path] if packed else [file.path for file in image.files], len(touched[1]) if touched else 0)
+                [image.path] if packed else [file.path for file in image.files], len(touched.blocks) if touched else 0)
 
 
 def verify(path: str | os.PathLike[str]) -> int:
