@@ -13,9 +13,6 @@
 # which must not allocate: it borrows one of a few decoders, made before, for one block. Nobody who has one waits for
 # anything but the file, so whoever finds none free waits for a moment.
 
-cdef extern from "errno.h" nogil:
-    int EBADMSG
-
 cdef extern from "_codec.h" nogil:
     enum:
         CODEC_DECODES, CODEC_ENCODES, CODEC_ENCODES_CHECKED
