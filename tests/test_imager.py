@@ -71,6 +71,13 @@ class Writers:
                 np.add(target, 1, out=target)
                 self.turns += 1
 
+    def go_on(self):
+        """Waits for a write from now on."""
+        before, due = self.turns, time.monotonic() + 20
+        while self.turns == before:
+            assert time.monotonic() < due, "the writers stand still"
+            time.sleep(0.001)
+
     def __enter__(self):
         for thread in self.threads:
             thread.start()
@@ -117,7 +124,6 @@ def test_the_sum_holds_in_every_image_under_writers(kinds, limit, tmp_path, wher
     arrays = mixed(make, kinds)
     with Writers(arrays) as writers:
         for turn in range(6):
-            before = writers.turns
             image = Image(arrays, tmp_path, limit=limit).take()
             total = sum(int(a.sum()) for a in image.arrays())
             assert -STEP <= total <= 0, (turn, total, image.core.stats())
@@ -125,10 +131,7 @@ def test_the_sum_holds_in_every_image_under_writers(kinds, limit, tmp_path, wher
             assert stats["pause_ns"] > 0 and stats["errors"] == 0
             assert image.core.progress()[0] == image.core.progress()[1]
             image.close()
-            deadline = time.monotonic() + 10
-            while writers.turns == before:
-                assert time.monotonic() < deadline, "writers stand still after an image"
-                time.sleep(0.001)
+            writers.go_on()
     assert sum(int(a.sum()) for a in arrays) == 0
 
 
@@ -288,9 +291,7 @@ def test_an_image_that_is_aborted_or_closed_lets_everybody_go(tmp_path, make, wh
                     with pytest.raises(uffd.SnapshotError, match="aborted"):
                         image.core.wait(5)
             image.close()
-        before = writers.turns
-        time.sleep(0.05)
-        assert writers.turns > before
+        writers.go_on()
     Image(arrays, tmp_path).take().close()
 
 
