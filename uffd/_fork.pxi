@@ -205,6 +205,7 @@ cdef void child_region(Region_t *r) noexcept nogil:
     r.image = NULL                          # it is the parent's
     r.image_gate = 0
     child_watches(r)
+    spill_forked(r)
     r.writes_back = False                   # a store never gets a second writer by accident: private from here on
     r.flush_at_end = 0
     child_unwritten(r)
