@@ -106,3 +106,39 @@ r.flush(timeout_s=30)
 assert (np.fromfile({str(tmp_path / "store")!r}, np.uint8) == right).all()
 assert (a == right).all() and not r.dirty().any()
 """, 45, where=where).check()
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_a_child_never_takes_a_torn_block_for_the_providers(where, repaired):
+    """Goal: shared backing: a block that is poisoned at a fork, since a page that was dropped could not be had again, has
+    its other pages' writes in the child, too, once the parent has it whole again, and is an error there before."""
+    if where.backing != "shared":
+        pytest.skip("private memory is the kernel's matter")
+    run_script(BEGIN + f"""
+spare = np.zeros(PAGE, "u1")
+assert LIB.touch_guarded(spare.ctypes.data) == 0    # installs the handler
+provider, store = stored(BLOCKS * SIZE)
+r = region(None, provider, mode="c", block_bytes=SIZE, readahead_bytes=0, retries=0)
+a = r.array()
+right = tear(a, [2])
+store.fail_reads = 1
+assert LIB.touch_guarded(r.address + 2 * SIZE + PAGE) == -signal.SIGBUS
+go = os.pipe()
+pid = os.fork()
+if not pid:
+    os.read(go[0], 1)
+    store.fail_reads = 0
+    if {repaired}:
+        os._exit(0 if (a == right).all() else 1)
+    os._exit(0 if LIB.touch_guarded(r.address + 2 * SIZE) == -signal.SIGBUS and (a[3 * SIZE:] == right[3 * SIZE:]).all()
+             else 2)
+store.fail_reads = 0
+if {repaired}:
+    r.populate((2 * SIZE, 3 * SIZE))
+    assert (a == right).all()
+    r.evict()
+os.write(go[1], b"x")
+assert wait_for_child(pid, 20) == 0
+r.populate()
+assert (a == right).all()
+""", 45, where=where).check()

@@ -74,6 +74,47 @@ assert checked(r.address, 0, 64 * BLOCK) is None
 """, where=where).check()
 
 
+def test_a_parent_that_forks_for_ever_goes_on_spilling(where):
+    """Goal: more forks than there are numbers of spill files, each with blocks spilled since the last that stay there:
+    all that was written leaves memory and comes back right, also in a child from the middle that looks at the end.
+    Method: each turn spills two blocks, one of which later turns write anew."""
+    if matrix.filled_whole() or where.backing != "anon":
+        pytest.skip("nothing leaves memory, or as with anonymous memory")
+    run_script("""
+compress = %r
+r = region(600 * PAGE, providers.Scratch(compress=compress) if compress else providers.Zero(), block_bytes=PAGE,
+           readahead_bytes=0)
+a = r.array().reshape(600, PAGE)
+go = os.pipe()
+child = 0
+def right(n, turn):
+    page = np.full(PAGE, n %% 251, np.uint8) if n %% 3 else pattern(n * PAGE, PAGE).copy()
+    page[:2] = turn & 255, turn >> 8
+    return page
+for turn in range(320):
+    a[turn] = right(turn, turn)
+    a[599] = right(599, turn)
+    r.evict()
+    if turn == 100:
+        r.discard((50 * PAGE, 60 * PAGE))
+    if turn == 270:
+        child = os.fork()
+        if not child:
+            os.close(go[1])
+            os.read(go[0], 1)
+            same = [np.array_equal(a[n], right(n, n)) for n in range(271) if not 50 <= n < 60]
+            os._exit(0 if all(same) and not a[50:60].any() and np.array_equal(a[599], right(599, 270)) else 1)
+    elif in_child(lambda: None) != 0:
+        raise SystemExit("a child failed")
+assert r.stats().write_errors == 0, r.stats()
+for n in range(320):
+    assert np.array_equal(a[n], right(n, n)) if not 50 <= n < 60 else not a[n].any(), n
+assert np.array_equal(a[599], right(599, 319))
+os.close(go[1])
+assert wait_for_child(child, 60) == 0
+""" % ("zstd" if where.delivery == "thread" else None), 150, where=where).check()
+
+
 def test_child_discards_what_the_parent_wrote(where):
     """Goal: discard() in the child has the provider's bytes back, also of blocks that it had not touched yet, in the
     parent's memory or its spill file; the parent keeps its own."""

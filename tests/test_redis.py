@@ -328,6 +328,18 @@ def test_options_that_can_not_be():
         Redis("http://127.0.0.1", "space")
 
 
+@pytest.mark.parametrize("rest, place", [
+    ("me:secret@host:99999/0", "host:99999/0"), ("me:secret@host:first", "host:first"), ("me:secret/s@host", "host"),
+    ("me:se@cret@[::1", "[::1"), ("me:secret@host:1?socket_timeout=secret", "host:1")])
+def test_urls_that_can_not_be(rest, place):
+    """Goal: the error names the URL, no part of its password, and the cure."""
+    with pytest.raises(ValueError) as caught:
+        Redis(f"redis://{rest}", "space", timeout_s=0.5)
+    text = str(caught.value)
+    assert f"'redis://{place}'" in text and "1 to 65535" in text and "secret" not in text and "cret@" not in text, text
+    assert caught.value.__suppress_context__
+
+
 def test_a_server_that_is_not_there_and_a_password_that_is_not_told():
     port = redisserver.free_port()
     start_s = time.monotonic()

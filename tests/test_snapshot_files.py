@@ -4,16 +4,13 @@ command line. Everything here is taken by fork, which works without a userfaultf
 import json
 import mmap
 import os
-import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.arrayfiles import DTYPES, ML_CODES, assert_same_bits, some_array
-from support.scripts import run_script
 from uffd.__main__ import main
 
 import uffd
@@ -420,15 +417,6 @@ def test_the_command_line(tmp_path, capsys):
     assert code == 1 and "0.safetensors" in said.err
     shutil.copy(__file__, tmp_path / "other")
     assert run("info", tmp_path / "other")[0] == 1
-
-
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "snapshots.md"
-
-
-@pytest.mark.skipif(not GUIDE.exists(), reason="no source tree beside the tests")
-def test_the_programs_of_the_guide_run():
-    """Goal: docs/snapshots.md does what it says. Method: its programs, each in a folder of its own."""
-    programs = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(programs) == 2
-    for program in programs:
-        run_script(f"os.chdir(tempfile.mkdtemp())\n{program}").check()
+    for bad in ("other", "none"):                       # not "they differ"
+        code, said = run("diff", paths[1], tmp_path / bad)
+        assert code == 2 and bad in said.err and not said.out

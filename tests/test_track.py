@@ -5,6 +5,7 @@ the pages that differ are exactly those that are told.
 """
 
 import ctypes
+import json
 import mmap
 import os
 import threading
@@ -81,6 +82,23 @@ def memory(kind, folder):
 # ---- memory that is not ours
 
 
+def test_pages_that_came_with_a_huge_page_are_told():
+    """Goal: what docs/tracking.md says of large arrays: of a first write no more than its huge page is told, and from
+    then on pages. The ranges are plain numbers."""
+    huge = 2 << 20
+    array = np.zeros(4 * huge, np.uint8)
+    at = -array.__array_interface__["data"][0] % huge + huge + 3 * PAGE
+    with uffd.track(array) as tracker:
+        array[at] = 1
+        told = tracker.ranges()
+        assert json.loads(json.dumps(told)) == [list(pair) for pair in told]
+        (start, stop), = told
+        assert at - 3 * PAGE <= start <= at < stop <= at - 3 * PAGE + huge
+        for page in (7, 3, 511):
+            array[at + (page - 3) * PAGE] += 1
+            assert tracker.ranges() == [(at + (page - 3) * PAGE, at + (page - 2) * PAGE)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_of_any_memory_that_are_written_are_told_and_no_others(kind, kernel, tmp_path):
     array = memory(kind, tmp_path)
@@ -107,7 +125,7 @@ def test_pages_of_any_memory_that_are_written_are_told_and_no_others(kind, kerne
         array[:] = 3
         assert tracker.written().all()
         array[PAGE * 2] = 4
-        start, stop = next(row for row in tracker.ranges().tolist() if row[0] <= 2 * PAGE < row[1])
+        start, stop = next(row for row in tracker.ranges() if row[0] <= 2 * PAGE < row[1])
         assert 0 <= start <= 2 * PAGE < stop <= len(array)
 
 
@@ -231,12 +249,12 @@ def test_regions_are_exact_to_the_page_whatever_state_a_block_is_in(region):
         for at in writes:
             array[at] += 1
         assert pages_of(tracker.written()) == [at // PAGE for at in writes]
-        assert part.ranges().tolist() == [[PAGE - 5, 2 * PAGE - 5]]
+        assert part.ranges() == [(PAGE - 5, 2 * PAGE - 5)]
         assert not tracker.written().any()
         assert not part.written().any()
         array[SIZE + PAGE + 1] += 1                     # once more, after the reset
         array[20 * SIZE + 7]                            # a read of a missing block
-        assert tracker.ranges().tolist() == [[SIZE + PAGE, SIZE + 2 * PAGE]]
+        assert tracker.ranges() == [(SIZE + PAGE, SIZE + 2 * PAGE)]
         array[30 * SIZE + 2 * PAGE] += 1
         region.evict()                                  # its mark stays while it is out, and when it is back
         assert array[30 * SIZE + PAGE] == pattern(30 * SIZE + PAGE, 1)[0]
@@ -290,7 +308,7 @@ def test_nothing_is_lost_to_a_taker_beside_writers(region, engine, kernel):
     trackers = [uffd.track(of) for of in arrays]
     copies = [of.copy() for of in arrays]
     for tracker, of, copy in zip(trackers, arrays, copies):
-        for start, stop_at in tracker.ranges().tolist():
+        for start, stop_at in tracker.ranges():
             copy.view("u1")[start:stop_at] = of.view("u1")[start:stop_at]
     threads = [threading.Thread(target=write, args=(of, k)) for of in arrays for k in range(2)]
     for thread in threads:
@@ -301,7 +319,7 @@ def test_nothing_is_lost_to_a_taker_beside_writers(region, engine, kernel):
             for thread in threads:
                 thread.join()
         for tracker, of, copy in zip(trackers, arrays, copies):
-            for start, end in tracker.ranges().tolist():
+            for start, end in tracker.ranges():
                 copy.view("u1")[start:end] = of.view("u1")[start:end]
     for of, copy, tracker in zip(arrays, copies, trackers):
         assert (of == copy).all()

@@ -13,7 +13,8 @@ from uffd.errors import UffdError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0, 1 for an error that one line on stderr names, 2 for wrong usage."""
+    """Run a command. Returns its exit code: 0, 1 for an error that one line on stderr names (`snapshot diff`: 2,
+    as diff does, 1 is that they differ), 2 for wrong usage."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo"]:  # it parses its own options
         return _guarded(_demo, words[1:])
@@ -114,14 +115,15 @@ def _add_migrate(commands: argparse._SubParsersAction) -> None:
 
 def _guarded(run, options) -> int:
     """Errors that a user can mend are one line; all others are bugs and keep their traceback."""
+    trouble = getattr(options, "trouble", 1)        # where 1 is an answer: 2
     try:
         return run(options)
     except BrokenPipeError:  # the reader has enough: `uffd probe | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return trouble
     except (UffdError, OSError, ValueError, TypeError, ImportError) as error:
         print(f"uffd: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return trouble
     except KeyboardInterrupt:
         print("uffd: interrupted", file=sys.stderr)
         return 130

@@ -60,7 +60,7 @@ cdef enum:
     NOTES = 1 << 14             # blocks that came, of which the policy has not heard yet
     WATCHES = 8                 # who may ask at once which pages of a region were written
     CLASSES = 13                # pools of moved-out blocks, by block size: 4 KiB to 16 MiB
-    EPOCHS = 255                # spill files of a region: one more after each fork that shares the last one
+    EPOCHS = 256                # numbers of a region's spill files; 0 is none
 
 cdef enum:                      # the state of a block: the low bits of its word
     MISSING = 0                 # (zero: an untouched state page says that nothing is here)
@@ -380,8 +380,9 @@ cdef struct Touch:              # the last faults of a thread; a heuristic
 
 cdef struct Spill_t:            # where the dirty blocks of a private region go
     int file[EPOCHS]            # -1: not opened
-    uint32_t epoch              # of the file that is written now
-    uint32_t written            # something was, since the last fork
+    uint32_t held[EPOCHS]       # who reads or writes it now: it is not closed
+    uint32_t epoch              # of the file that is written now; 0: none since the last fork
+    uint32_t choosing           # somebody chooses the next
     uint32_t plain              # blocks that are stored without a try to compress them, and how many at the next time
     uint32_t plain_next
     char folder[256]

@@ -6,6 +6,7 @@ so what it costs is bounded: the maps of all regions together, and how often it 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 prometheus: Any = None
 try:                                # now, and not when it is asked for: a fork in the middle of a thread's import would
-    import prometheus_client as prometheus       # leave the child with modules that it can never import
-    import prometheus_client.core
-    import prometheus_client.exposition
+    for _name in ("core", "exposition"):         # leave the child with modules that it can never import
+        importlib.import_module(f"prometheus_client.{_name}")
+    prometheus = importlib.import_module("prometheus_client")
 except ImportError:
     pass
 

@@ -205,6 +205,7 @@ cdef void child_region(Region_t *r) noexcept nogil:
     r.image = NULL                          # it is the parent's
     r.image_gate = 0
     child_watches(r)
+    spill_forked(r)
     r.writes_back = False                   # a store never gets a second writer by accident: private from here on
     r.flush_at_end = 0
     child_unwritten(r)
@@ -253,10 +254,10 @@ cdef void child_unwritten(Region_t *r) noexcept nogil:
 cdef int child_make_private(Region_t *r) noexcept nogil:
     """Shared backing: parent and child must not both fill the same page, so the child gets private memory. What was
     clean comes from the provider again, what the parent had written comes from its pages, as of the child's first
-    touch."""
+    touch. Where some of a block's pages are gone there, too, that touch fails: never the provider's bytes instead."""
     cdef uint64_t b = 0, last = 0
     global child_reads
-    cdef uint32_t state
+    cdef bint written
     cdef int protection = PROT_READ | PROT_WRITE if r.writable else PROT_READ
     if mmap(r.base, r.span, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED:
         return -errno
@@ -267,9 +268,9 @@ cdef int child_make_private(Region_t *r) noexcept nogil:
     r.moves = r.writable and has(UF_FEATURE_MOVE)
     while next_known(r, &b, &last):
         while b < last:
-            state = r.state[b] & STATE_MASK
-            r.state[b] = MISSING | (FROM_PARENT if is_dirty(state) else r.state[b] & SPILLED)   # the newer of both
-            child_reads |= is_dirty(state)
+            written = is_dirty(r.state[b] & STATE_MASK) or r.state[b] & KEPT != 0
+            r.state[b] = MISSING | (FROM_PARENT if written else r.state[b] & SPILLED)   # the newer of both
+            child_reads |= written
             b += 1
     return 0
 

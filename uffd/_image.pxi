@@ -216,14 +216,19 @@ cdef int obtain_aside(Image_t *m, RegionPart *p, uint64_t b, int *err) noexcept 
     cdef Slot *s = carrier_wait(r.engine, r) if r.hosted else call_borrow(r.engine)
     cdef const char *source = NULL
     cdef uint64_t nbytes = run_bytes(r, b, 1), span = block_span(r, b)
+    cdef bint hosted = r.hosted, native = r.fill.call == &native_fill
+    cdef char *staging
     err[0] = slot_buffer(s)
+    staging = s.staging
     if err[0] == 0 and claim_aside(s, r, b):
         m.filling_slot = s
         m.filling_region = r
         m.filling_block = b
         u32_store(&m.filling, FILLING_NOT if r.hosted else FILLING_BUSY)
         err[0] = obtain(s, r, b << r.shift, nbytes, &source)
-        if not r.hosted and not u32_cas(&m.filling, FILLING_BUSY, FILLING_NOT):
+        if not hosted and not u32_cas(&m.filling, FILLING_BUSY, FILLING_NOT):
+            if not native:
+                came_back(m, s, r, staging)
             pthread_exit(NULL)              # given up: nothing of this may be touched any more
         if err[0] == 0 and source == NULL:
             memset(m.stream_bytes, 0, span)
@@ -240,8 +245,9 @@ cdef int obtain_aside(Image_t *m, RegionPart *p, uint64_t b, int *err) noexcept 
 
 cdef void image_give_up(Image_t *m) noexcept nogil:
     """By who waits for the streamer: when it hangs in a function of a provider's, past the region's time, the image is
-    over, and its block is missing again. The thread, its buffer and this mapping are left to that function for ever; so
-    is its slot, but for functions that know of no slots. (Providers in Python come back: their hosts are killed.)"""
+    over, and its block is missing again. This mapping and the region are left to that function for ever; the thread,
+    until it comes back; so are buffer and slot, but for functions that know of no slots. (Providers in Python come
+    back: their hosts are killed.)"""
     cdef Slot *s = m.filling_slot
     cdef Region_t *r = m.filling_region
     cdef Slot *mine
@@ -263,7 +269,16 @@ cdef void image_give_up(Image_t *m) noexcept nogil:
     image_fail(m, -ETIMEDOUT, False)
     image_lift_all(m)
     u32_sub(&m.threads, 1)
+    u32_store(&m.filling, FILLING_LEFT)
     image_over(m)
+
+
+cdef void came_back(Image_t *m, Slot *s, Region_t *r, char *staging) noexcept nogil:
+    """The streamer that was given up. The region is there still: the image's arrays are kept for that."""
+    while u32_load(&m.filling) != FILLING_LEFT:
+        sched_yield()                       # who gave it up is still at it
+    s.staging = staging
+    call_return(r.engine, s)
 
 
 cdef bint claim_aside(Slot *s, Region_t *r, uint64_t b) noexcept nogil:

@@ -225,7 +225,7 @@ cdef class Imager:
                     image_forget(m)
                 if m.aside != NULL:
                     munmap(m.aside, m.buffers)
-            if u32_load(&m.filling) == FILLING_GIVEN_UP:
+            if u32_load(&m.filling) >= FILLING_GIVEN_UP:
                 _left.append(self.views)    # their regions stay, for the function that hangs in one of them
             else:
                 munmap(m, m.bytes)

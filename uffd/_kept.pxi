@@ -79,7 +79,7 @@ cdef void keep_for_child(Region_t *r, Child *c) noexcept nogil:
     cdef Kept *k = NULL
     while next_known(r, &b, &last):
         while b < last:
-            if is_dirty(r.state[b] & STATE_MASK) or r.state[b] & WRITING:
+            if is_dirty(r.state[b] & STATE_MASK) or r.state[b] & (WRITING | KEPT):
                 if k == NULL and c != NULL:
                     k = kept_make(r, c)
                 keep_block(r, b, k)

@@ -348,7 +348,7 @@ cdef int _prepare_spill(Region_t *r, bytes folder) except? -1000:
     r.spills = <Spill_t *>calloc(1, sizeof(Spill_t))
     if r.spills == NULL:
         return -ENOMEM
-    for i in range(EPOCHS):
+    for i in range(<int>EPOCHS):
         r.spills.file[i] = -1
     _copy_path(r.spills.folder, folder)
     return 0

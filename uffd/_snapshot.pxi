@@ -26,6 +26,7 @@ cdef enum:
     FILLING_NOT = 0
     FILLING_BUSY = 1
     FILLING_GIVEN_UP = 2                    # the streamer is lost in it; the image is over, without it
+    FILLING_LEFT = 3                        # and all is done that has to be for that
 
 cdef struct Part:                           # one array's bytes; sorted by start
     uint64_t start

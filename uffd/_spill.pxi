@@ -1,8 +1,9 @@
 # The spill file: where the cold blocks of private memory lie, as they are or compressed.
 #
-# Uses:     _codec.h; page_round, block_span of _fill.pxi; recycled_buffer of _room.pxi, slot_buffer of _life.pxi
-# Provides: spill_write (the writer), spill_read (a fill), spill_fetch (one block), spill_took, spill_fork,
-#           spill_forget (discard), spill_close; unpackers_make, unpackers_forked, packer_free; pread_all, pwrite_all
+# Uses:     _codec.h; page_round, block_span of _fill.pxi; recycled_buffer of _room.pxi, slot_buffer of _life.pxi;
+#           spill_hold of _epochs.pxi
+# Provides: spill_write (the writer), spill_read (a fill), spill_fetch (one block), spill_took; unpackers_make,
+#           unpackers_forked, packer_free; pread_all, pwrite_all
 #
 # Without a name: gone with the process. A block lies in it where it lies in the region, so it is as sparse as they are.
 # Compressed (Region.packed is there), a block is an image of whole pages at its place, and the rest of its place is a
@@ -35,42 +36,35 @@ cdef uint32_t unpackers         # made; once, under the interpreter's lock
 cdef uint64_t unpackers_free    # bit for each
 
 
-cdef int spill_file(Spill_t *f, uint32_t epoch) noexcept nogil:
-    """The descriptor of the file of an epoch, opened at its first use; or -errno."""
-    cdef int fd = <int>u32_load(<uint32_t *>&f.file[epoch])
-    if fd >= 0:
-        return fd
-    fd = sys_unnamed_file(f.folder)
-    if fd < 0:
-        return fd
-    if not u32_cas(<uint32_t *>&f.file[epoch], <uint32_t>-1, <uint32_t>fd):
-        close(fd)                           # another thread was faster
-        fd = <int>u32_load(<uint32_t *>&f.file[epoch])
-    return fd
-
-
 # ---- out --------------------------------------------------------------------------------------------------------
 
-cdef int spill_write(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *bytes, uint32_t *epoch) noexcept nogil:
-    """Blocks [b, b+n) into the file of the epoch. 0 or -errno."""
+cdef int spill_write(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *bytes) noexcept nogil:
+    """Blocks [b, b+n) into the file of the epoch; `Region.spill` has them there before the file is let go. 0 or
+    -errno."""
+    cdef uint32_t i
+    cdef int epoch = spill_epoch(s, r), err
+    if epoch < 0:
+        return epoch
+    if r.packed == NULL:
+        err = pwrite_all(r.spills.file[epoch], bytes, run_span(r, b, n), b << r.shift)
+    else:
+        err = put_blocks(s, r, b, n, bytes, <uint32_t>epoch)
+    for i in range(n if err == 0 else 0):
+        u8_store(&r.spill[b + i], <uint8_t>epoch)   # nobody reads it there before the block has left memory
+    spill_drop(r, <uint32_t>epoch)
+    return err
+
+
+cdef int put_blocks(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *bytes, uint32_t epoch) noexcept nogil:
     cdef uint32_t i, plain = 0
     cdef uint64_t size
-    cdef int fd, err = 0
-    epoch[0] = u32_load(&r.spills.epoch)
-    if epoch[0] >= EPOCHS:
-        return -ENOSPC                      # after so many forks: each needed the file as it was then
-    u32_store(&r.spills.written, 1)
-    fd = spill_file(r.spills, epoch[0])
-    if fd < 0:
-        return fd
-    if r.packed == NULL:
-        return pwrite_all(fd, bytes, run_span(r, b, n), b << r.shift)
+    cdef int fd = r.spills.file[epoch], err
     for i in range(n):
         size = spill_pack(s, r, b + i, bytes + (<uint64_t>i << r.shift))
         if size == 0:
             plain += 1
             continue
-        err = put_packed(s, r, fd, b + i, size, epoch[0])
+        err = put_packed(s, r, fd, b + i, size, epoch)
         if err == 0:
             err = put_plain(r, fd, b + i - plain, plain, bytes + (<uint64_t>(i - plain) << r.shift))
         if err != 0:
@@ -156,7 +150,7 @@ cdef int spill_read(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, cons
     """Spilled blocks for a fill: all blocks of a run are, or none. 0 or -errno."""
     cdef uint64_t b = offset >> r.shift, at = 0, part, span = page_round(nbytes)
     cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
-    cdef int err
+    cdef int epoch, err = 0
     if r.minor and not s.repair:
         if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>span) != 0:
             return -errno
@@ -166,24 +160,36 @@ cdef int spill_read(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, cons
         if err != 0:
             return err
         target = s.staging
-    while at < span:
+    while at < span and err == 0:
         part = block_span(r, b)
-        while r.packed == NULL and at + part < span and r.spill[b] == r.spill[b + (part >> r.shift)]:
+        epoch = spill_hold(r, b)
+        if epoch < 0:
+            return epoch
+        while r.packed == NULL and at + part < span and u8_load(&r.spill[b + (part >> r.shift)]) == <uint32_t>epoch:
             part += block_span(r, b + (part >> r.shift))
-        err = spill_fetch(r, b, part, target + at)
-        if err != 0:
-            return err
+        err = take_image(r, b, r.spills.file[epoch], part, target + at)
+        spill_drop(r, <uint32_t>epoch)
         at += part
         b += part >> r.shift
     source[0] = target
-    return 0
+    return err
 
 
-cdef int spill_fetch(Region_t *r, uint64_t b, uint64_t span, char *target) noexcept nogil:
-    """The whole pages of a spilled block, or, where they are not compressed, of several of one file. 0 or -errno:
-    ENODATA for a file that is too short, EBADMSG for bytes that were not written there."""
-    cdef int fd = r.spills.file[r.spill[b]], err
+cdef int spill_fetch(Region_t *r, uint64_t b, char *target) noexcept nogil:
+    """The whole pages of a spilled block. 0 or -errno: ENODATA for a file that is too short, EBADMSG for bytes that
+    were not written there."""
+    cdef int epoch = spill_hold(r, b), err
+    if epoch < 0:
+        return epoch
+    err = take_image(r, b, r.spills.file[epoch], block_span(r, b), target)
+    spill_drop(r, <uint32_t>epoch)
+    return err
+
+
+cdef int take_image(Region_t *r, uint64_t b, int fd, uint64_t span, char *target) noexcept nogil:
+    """Of a block, or, where they are not compressed, of several of one file."""
     cdef uint32_t size = r.packed[b] if r.packed != NULL else 0, i
+    cdef int err
     if r.packed == NULL or size == span:
         return pread_all(fd, target, span, b << r.shift)
     if size > span:
@@ -248,33 +254,3 @@ cdef int pread_all(int fd, char *bytes, uint64_t nbytes, uint64_t offset) noexce
         elif errno != EINTR:
             return -errno
     return 0
-
-
-# ---- its life ---------------------------------------------------------------------------------------------------
-
-cdef void spill_fork(Region_t *r) noexcept nogil:
-    """Before a fork: the child reads its spilled blocks from the files as they are now, so none of them is written
-    again; both sides go on in files of their own."""
-    if r.spills != NULL and u32_swap(&r.spills.written, 0):
-        u32_add(&r.spills.epoch, 1)
-
-
-cdef void spill_forget(Region_t *r, uint64_t b) noexcept nogil:
-    """A spilled block that its owner gives up: its place in the file is the file system's again, unless a forked child
-    may still read it."""
-    cdef uint32_t epoch = r.spill[b]
-    if epoch == u32_load(&r.spills.epoch):
-        fallocate(r.spills.file[epoch], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <int64_t>(b << r.shift),
-                  <int64_t>block_span(r, b))
-        if r.packed != NULL:
-            r.packed[b] = 0
-
-
-cdef void spill_close(Region_t *r) noexcept nogil:
-    cdef int i
-    if r.spills != NULL:
-        for i in range(EPOCHS):
-            if r.spills.file[i] >= 0:
-                close(r.spills.file[i])
-        free(r.spills)
-        r.spills = NULL

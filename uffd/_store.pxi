@@ -177,7 +177,6 @@ cdef uint32_t write_run(Slot *s, Region_t *r, uint64_t b, uint64_t end, bint res
     cdef Slot *c = s
     cdef uint32_t n
     cdef int err
-    cdef uint32_t epoch = 0
     cdef uint64_t i
     if r.writes_back and r.hosted:
         c = carrier_wait_write(r)
@@ -195,14 +194,14 @@ cdef uint32_t write_run(Slot *s, Region_t *r, uint64_t b, uint64_t end, bint res
         c.carrier.count = n
         carrier_pass(c, r, T_WRITE)
         return n
-    err = store_bytes(s, r, b, n, s.staging, n > 1, &epoch)
+    err = store_bytes(s, r, b, n, s.staging, n > 1)
     if err == 0 or n == 1:
-        acknowledge(s, r, b, n, err, epoch)
+        acknowledge(s, r, b, n, err)
         return n
     count(s, r, C_WRITE_ERRORS, 1)
     for i in range(n):                      # one bad block does not take its neighbours along
-        err = store_bytes(s, r, b + i, 1, s.staging + (i << r.shift), False, &epoch)
-        acknowledge(s, r, b + i, 1, err, epoch)
+        err = store_bytes(s, r, b + i, 1, s.staging + (i << r.shift), False)
+        acknowledge(s, r, b + i, 1, err)
     return n
 
 
@@ -271,8 +270,7 @@ cdef bint claim_write(Slot *s, Region_t *r, uint64_t b, uint32_t state) noexcept
     return False
 
 
-cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *bytes, bint once,
-                     uint32_t *epoch) noexcept nogil:
+cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *bytes, bint once) noexcept nogil:
     """Blocks to the store, tried again up to `retries` times unless `once`: 0, or -errno."""
     cdef uint64_t pause = 1000000, t0 = now_ns()
     cdef uint32_t tries = 0
@@ -282,7 +280,7 @@ cdef int store_bytes(Slot *s, Region_t *r, uint64_t b, uint32_t n, const char *b
         if r.writes_back:
             err = r.fill.store(r.fill.self, s.index, b << r.shift, bytes, run_bytes(r, b, n))
         else:
-            err = spill_write(s, r, b, n, bytes, epoch)
+            err = spill_write(s, r, b, n, bytes)
         u64_store(&s.write_ns, 0)
         if err == 0 or once or tries >= r.retries or u32_load(&r.engine.stopping):
             break
@@ -310,17 +308,17 @@ cdef void write_hosted(Slot *c, Region_t *r) noexcept nogil:
     cdef int err = host_store(c, r, first << r.shift, run_bytes(r, first, n), n > 1)
     stage(c, r, H_WRITE, now_ns() - t0)
     if err == 0 or n == 1 or err == -ETIMEDOUT:     # one that hangs would hang again, block by block
-        acknowledge(c, r, first, n, err, 0)
+        acknowledge(c, r, first, n, err)
         return
     count(c, r, C_WRITE_ERRORS, 1)
     for i in range(n):                      # one bad block does not take its neighbours along
         if i:
             memcpy(c.staging, c.staging + (i << r.shift), run_bytes(r, first + i, 1))
         err = host_store(c, r, (first + i) << r.shift, run_bytes(r, first + i, 1), False)
-        acknowledge(c, r, first + i, 1, err, 0)
+        acknowledge(c, r, first + i, 1, err)
 
 
-cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uint32_t epoch) noexcept nogil:
+cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err) noexcept nogil:
     """The store has answered for the blocks [b, b+n)."""
     cdef uint64_t i
     if err == 0:
@@ -340,7 +338,7 @@ cdef void acknowledge(Slot *s, Region_t *r, uint64_t b, uint32_t n, int err, uin
         elif r.write_error[i & (ERRORS - 1)].block == i:
             r.write_error[i & (ERRORS - 1)].error = 0
         critical_enter(s)
-        acknowledge_block(s, r, i, err, epoch)
+        acknowledge_block(s, r, i, err)
         critical_leave(s)
     u32_add_seq(&r.write_turn, 1)
     u32_sub(&r.writing, n)
@@ -355,7 +353,7 @@ cdef void write_pauses(Region_t *r) noexcept nogil:
     r.write_again_ns = now_ns() + r.write_pause_ns
 
 
-cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t epoch) noexcept nogil:
+cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err) noexcept nogil:
     cdef uint32_t word, state, new
     while True:
         word = u32_load(&r.state[b])
@@ -374,7 +372,6 @@ cdef void acknowledge_block(Slot *s, Region_t *r, uint64_t b, int err, uint32_t 
         if err != 0 and state == POOLED:
             new = new & ~<uint32_t>STATE_MASK | POOLED_DIRTY
         if err == 0 and not r.writes_back:
-            r.spill[b] = <uint8_t>epoch     # nobody reads it before the block has left memory
             new |= SPILLED
         elif err == 0 and not r.hosted:
             sync_acknowledged(r, b)

@@ -134,6 +134,7 @@ static inline void u32_store_seq(uint32_t *p, uint32_t v) { __atomic_store_n(p, 
 static inline uint32_t u32_load_seq(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 static inline uint32_t u32_add_seq(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 static inline uint8_t u8_load(const uint8_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline void u8_store(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 static inline int u8_cas(uint8_t *p, uint8_t old, uint8_t new_)
 {
     return __atomic_compare_exchange_n(p, &old, new_, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);

@@ -34,6 +34,7 @@ cdef extern from "_sys.h" nogil:
     uint32_t u32_load_seq(const uint32_t *p) noexcept
     uint32_t u32_add_seq(uint32_t *p, uint32_t v) noexcept
     uint8_t u8_load(const uint8_t *p) noexcept
+    void u8_store(uint8_t *p, uint8_t v) noexcept
     bint u8_cas(uint8_t *p, uint8_t old, uint8_t new) noexcept
     uint64_t u64_load(const uint64_t *p) noexcept
     void u64_store(uint64_t *p, uint64_t v) noexcept

@@ -94,7 +94,7 @@ cdef int read_store(Slot *s, Region_t *r, uint64_t b, uint32_t word, char *out) 
     if err != 0:
         return err
     if word & SPILLED:
-        err = spill_fetch(r, b, block_span(r, b), out)
+        err = spill_fetch(r, b, out)
         return err if u32_load(&r.state[b]) == word else 1
     if r.in_child and word & FROM_PARENT:
         memcpy(out, r.alias + offset, nbytes)

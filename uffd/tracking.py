@@ -99,6 +99,8 @@ class Tracker:
 
     def written(self, reset: bool = True) -> np.ndarray:
         """bool, one per page that the array touches: written since the last reset. reset: they are clean from here on.
+        In an array that is no region's, a page that did not exist before counts as written when it came with a huge
+        page, of which the program wrote another part.
 
         Blocks for one scan, without the interpreter lock. SnapshotError where tracking was lost.
         """
@@ -116,13 +118,13 @@ class Tracker:
             raise self._lost(-n)
         return out
 
-    def ranges(self, reset: bool = True) -> np.ndarray:
-        """The same as byte ranges of the array's memory: int64 of shape (n, 2), start and stop, sorted, neighbours
-        merged, counted from its first byte and cut at its ends."""
+    def ranges(self, reset: bool = True) -> list[tuple[int, int]]:
+        """The same as byte ranges of the array's memory: (start, stop) each, sorted, neighbours merged, counted from its
+        first byte and cut at its ends."""
         written = self.written(reset)
         steps = np.flatnonzero(np.diff(written.view(np.int8), prepend=0, append=0))
         bounds = steps.reshape(-1, 2).astype(np.int64) * self.page_bytes + (self._low - self._start)
-        return np.clip(bounds, 0, self._end - self._start)
+        return [(start, stop) for start, stop in np.clip(bounds, 0, self._end - self._start).tolist()]
 
     def _refuse_moved(self) -> None:
         """An array whose memory is somewhere else by now. (A region's can't be.)"""

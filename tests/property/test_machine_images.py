@@ -98,7 +98,7 @@ class Machine(RuleBasedStateMachine):
         name, tracker, copy = self.trackers[n % len(self.trackers)]
         array = self.arrays[name]
         told = copy if reset else copy.copy()
-        for start, stop in tracker.ranges(reset).tolist():
+        for start, stop in tracker.ranges(reset):
             told[start:stop] = array[start:stop]
         np.testing.assert_array_equal(told, array)
 

@@ -45,7 +45,7 @@ def follow():
             copy = arrays[0].copy()
             while not errors:
                 last = stop.is_set() and not any(t.is_alive() for t in writers)
-                for start, end in tracker.ranges().tolist():
+                for start, end in tracker.ranges():
                     copy.view("u1")[start:end] = arrays[0].view("u1")[start:end]
                 if last:
                     assert (copy == arrays[0]).all(), "a write was lost"

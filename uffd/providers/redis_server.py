@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .redis_wire import Answers, Unexpected, asked
-from .urls import shown
+from .urls import after_password, shown
 
 __all__ = ["Server"]
 
@@ -54,6 +54,7 @@ class Server:
         self.timeout_s = timeout_s
         self.socket_timeout_s = min(_SOCKET_TIMEOUT_MAX_S, timeout_s / 2)
         self._redis = require_redis()
+        self._check_url()
         self._client_name = client_name
         self._lock = threading.Lock()            # of the two below
         self._single: Any = None
@@ -66,6 +67,15 @@ class Server:
                          self._redis.exceptions.TryAgainError, self._redis.exceptions.RedisClusterException)
         self._refusals = (self._redis.AuthenticationError, self._redis.exceptions.AuthorizationError,
                           self._redis.exceptions.NoPermissionError)
+
+    def _check_url(self) -> None:
+        """Makes no connection. The package's own message may quote a piece of a password that is not written right."""
+        try:
+            self._redis.ConnectionPool.from_url(self.url).close()
+        except ValueError:
+            raise ValueError(f"{after_password(self.url)!r} can't be read: give redis://[user:password@]host:port, "
+                             "the port from 1 to 65535, and each option a value of its type; in a password, / ? # @ : "
+                             "are written as %2F %3F %23 %40 %3A") from None
 
     def close(self) -> None:
         with self._lock:

@@ -17,5 +17,14 @@ def shown(url: str) -> str:
     """The URL as it may be printed: without a password, and without a query, which may be a signature."""
     if "::" in url or "://" not in url:
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:                  # no host is to be had of it
+        return after_password(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def after_password(url: str) -> str:
+    """The same of one whose parts are where they should not be, a password's signs among them."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

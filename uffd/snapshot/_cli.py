@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     actions = snapshot.add_subparsers(metavar="ACTION", required=True)
     about = {"info": "arrays, sizes and chain", "verify": "read all of it, and hold it against its checksums",
              "export": "make one whole file of a chain",
-             "diff": "what differs between two images; exit code 1: something"}
+             "diff": "what differs between two images; exit code 0: nothing, 1: something, 2: trouble"}
     parsers = {name: actions.add_parser(name, help=text, description=text.capitalize() + ".")
                for name, text in about.items()}
     for name, parser in parsers.items():
@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     parsers["export"].add_argument("target", metavar="TARGET", help="the file to write")
     parsers["export"].add_argument("--compress", metavar="CODEC", help="as uffd pack does, by zstd, lz4 ...")
     parsers["diff"].add_argument("other", metavar="OTHER")
+    parsers["diff"].set_defaults(trouble=2)
 
 
 def _info(options: argparse.Namespace) -> int:
