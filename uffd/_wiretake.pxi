@@ -499,6 +499,7 @@ cdef void take_passed(Wire_t *w) noexcept nogil:
                 u64_add(&r.engine.used, run_span(r, b, n))
                 note_put(r, b, <uint32_t>n, NOTE_AHEAD)
             b = wire_next_bit(p.there, b + (n if n else 1), p.blocks)
+        evictor_ring(r.engine)              # no room was asked for: what is too much leaves from here on
         region_release(r)
 
 
