@@ -465,3 +465,33 @@ assert report.bytes_passed == N + 65536 and report.blocks.precopy == 0
 assert ended(pid) == 0 and ended(next_pid) == 0
 os._exit(0)
 """)
+
+
+def test_passed_memory_comes_within_the_budget(tmp_path):
+    """Goal: memory that is passed by its file may be more than the destination's budget; what is too much leaves by
+    itself, before anybody touches it, and no byte is lost by that."""
+    script(f"url = 'unix:{tmp_path}/a'" + """
+N, BUDGET = 48 << 20, 16 << 20
+ENGINE = uffd.Engine(budget_bytes=BUDGET)
+def destination(incoming):
+    arrival = incoming.accept(20)
+    wait_until(lambda: ENGINE.resident_bytes <= BUDGET, "resident bytes within the budget")
+    a = arrival.arrays["0"]
+    assert uffd.region_of(a).stats().evicted >= (N - BUDGET) // 65536
+    assert (a[::-1] == filled(N)[::-1]).all()
+    a[::4096] += 1
+    expected = filled(N)
+    expected[::4096] += 1
+    wait_until(lambda: ENGINE.resident_bytes <= BUDGET, "resident bytes within the budget, again")
+    assert (a == expected).all()
+    assert arrival.wait(20).bytes_passed == N
+    arrival.close()
+pid, url = start(destination, url, engine=ENGINE)
+a = uffd.zeros(N // 8, np.int64, backing="shared", engine=uffd.Engine(budget_bytes=None))
+a[:] = filled(N)
+with migrate.connect(url, [a]) as outgoing:
+    outgoing.switchover()
+    outgoing.wait(20)
+assert ended(pid) == 0
+os._exit(0)
+""")

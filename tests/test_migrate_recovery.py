@@ -91,6 +91,58 @@ assert outgoing.status == "FAILED"
 """)
 
 
+@pytest.mark.parametrize("kind", ["region", "array", "passed"])
+def test_a_writer_stopped_at_the_source_is_told_of_and_ctrl_c_twice_ends_it(kind, tmp_path):
+    """Goal: a source's program that writes after the hand-over is told that it waits, for what and for how long; Ctrl-C
+    twice gets it out. Method: its stderr is a pipe; once the line is there, Ctrl-C until it has ended. Of each kind of
+    memory; of memory that was passed by its file a read waits, too."""
+    script(f"KIND, PATH = {kind!r}, {str(tmp_path)!r}\n" + """
+import re
+N = 1 << 20
+def destination(incoming):
+    arrival = incoming.accept(20)
+    assert (arrival.arrays["1"] == filled(N)).all()
+    arrival.wait(20)
+    arrival.close()
+pid, url = start(destination, f"unix:{PATH}/a" if KIND == "passed" else TCP)
+told, tell = os.pipe()
+source = os.fork()
+if not source:
+    os.dup2(tell, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if KIND == "array":
+        arrays = [filled(N, 1), filled(N)]
+    else:
+        backing = "shared" if KIND == "passed" else "anon"
+        arrays = [uffd.zeros(N // 8, np.int64, backing=backing) for _ in range(2)]
+        arrays[1][:] = filled(N)
+    with migrate.connect(url, arrays) as outgoing:
+        outgoing.switchover()
+        outgoing.wait(20)
+    if KIND == "passed":
+        print(arrays[1][4 * 8192 + 999])
+    else:
+        arrays[1][4 * 8192 + 999] = 1
+    os.write(2, b"it went on")
+    os._exit(0)
+os.close(tell)
+text = b""
+while b"(Ctrl-C twice gives up)" not in text:
+    piece = os.read(told, 4096)
+    assert piece, text
+    text += piece
+assert re.search(rb"a touch of array 1 at offset 262144 waits here, at the source, since \\d+ s, and will for ever: "
+                 rb"the memory is the destination's", text), text
+while not (found := os.waitpid(source, os.WNOHANG))[0]:     # this script's own deadline bounds it
+    os.kill(source, signal.SIGINT)
+    time.sleep(0.3)
+text = os.read(told, 4096)
+assert os.WIFSIGNALED(found[1]) and os.WTERMSIG(found[1]) == signal.SIGINT, (found, text)
+assert b"interrupted twice" in text and b"it went on" not in text, text
+assert ended(pid) == 0
+""")
+
+
 def test_broken_before_the_hand_over():
     """Goal: in precopy, a break lets the source's program write on; recovered, what was written meanwhile arrives."""
     script("""

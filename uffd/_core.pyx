@@ -173,7 +173,7 @@ cdef int answer(Slot *s, Region_t *r, uint64_t *block, uint32_t *flags, int k, i
         forbid_write(r, b)
         return k + 1
     if u32_load(&r.frozen) and (flags[k] & UF_FLAG_WP or wire_gone(r)):
-        wire_parked(r)                      # it waits for a migration; woken when writers may go on
+        wire_parked(r, b)                   # it waits for a migration; woken when writers may go on
         return k + 1
     if write and state == CLEAN and not u32_load(&r.frozen):
         while k + n < m and block[k + n] == b + <uint64_t>n and flags[k + n] & UF_FLAG_WRITE:

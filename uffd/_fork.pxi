@@ -35,6 +35,7 @@ cdef void fork_parent() noexcept nogil:
 
 
 cdef void fork_child() noexcept nogil:
+    global wires
     """The child has this one thread and none of ours. It opens uffds of its own over the same ranges and starts its
     own workers, before it can touch anything: it serves itself."""
     cdef Engine_t *e = engines
@@ -45,7 +46,8 @@ cdef void fork_child() noexcept nogil:
     memset(stripe, 0, sizeof(stripe))
     unpackers_forked()
     bus_after_fork()
-    u32_store(&waiting_engines, 0)
+    u32_store(&ints_taken, 0)
+    wires = NULL                            # its migrations are the parent's
     while e != NULL:
         child_engine(e)
         e = e.next

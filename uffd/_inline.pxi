@@ -193,7 +193,7 @@ cdef int inline_serve(Region_t *r, uint64_t address, int write) noexcept nogil:
         if not r.is_inline:
             return odd_fault(r, b, state)
         if wire_gone(r):
-            wire_parked(r)
+            wire_parked(r, b)
             futex_wait(&r.frozen, 1, SECOND_NS)
             continue
         if state == MISSING and wire_pending(r, b):
@@ -287,7 +287,7 @@ cdef int inline_present(Region_t *r, uint64_t address, int write, uint32_t state
     if state == CLEAN and write < 0 and (r.minor or block_present(r, b)):
         write = 1                           # there, and faulting: a write (of a shared block at least maybe)
     if write and u32_load(&r.frozen) and (r.minor or block_present(r, b)):
-        wire_parked(r)
+        wire_parked(r, b)
         futex_wait(&r.frozen, 1, SECOND_NS)
         return BUS_SERVED
     if state == CLEAN and write == 0 and block_present(r, b):

@@ -12,7 +12,7 @@ cdef enum:
     TICK_BUSY_MS = 10
 cdef uint64_t FOLLOW_NS = 400000000         # between looks at what memory the machine and the cgroup have left
 cdef uint32_t finalizing = 0                # the interpreter is on its way out: it is not to be called any more
-cdef uint32_t waiting_engines = 0           # whose keepers have let Ctrl-C through
+cdef uint32_t ints_taken = 0                # by keepers, and guards of migrations, which have let Ctrl-C through
 cdef uint64_t PATIENCE_NS = 2 * SECOND_NS   # of a wait before the user is told
 cdef uint64_t STALL_NS = 20000000           # all workers inside slow fills before another one is started
 
@@ -53,7 +53,7 @@ cdef void *keeper_main(void *argument) noexcept nogil:
             budget_follow(e, room_least(e, 0))
         if e.hosts != NULL:
             timeout_ms = hosts_look(e, timeout_ms)
-    take_int(e, False)
+    take_int(&e.waiting, False)
     if e.hosts != NULL:
         hosts_stop(e)
     u32_store(&e.keepers, 0)
@@ -73,7 +73,7 @@ cdef int keeper_tick(Engine_t *e) noexcept nogil:
             busy = True
             waiting = keeper_look(e, s, now) or waiting
     waiting = wires_wait(e, now) or waiting
-    take_int(e, waiting)
+    take_int(&e.waiting, waiting)
     u32_swap(&e.keeper_alert, 0)            # before `busy` is read: pairs with enter_blocking
     fence_seq()
     if u32_load(&e.busy) < u32_load(&e.alive) or u32_load(&e.alive) >= MAX_WORKERS:
@@ -92,15 +92,15 @@ cdef int keeper_tick(Engine_t *e) noexcept nogil:
     return TICK_IDLE_MS if e.regions else -1
 
 
-cdef void take_int(Engine_t *e, bint waiting) noexcept nogil:
-    """Ctrl-C is ours while a touch of any engine waits for long."""
+cdef void take_int(bint *taken, bint waiting) noexcept nogil:
+    """Ctrl-C is ours while a touch waits for long, of any of those that the threads which call this look after."""
     if waiting:
-        if not e.waiting:
-            u32_add(&waiting_engines, 1)
+        if not taken[0]:
+            u32_add(&ints_taken, 1)
         int_arm()
-    elif e.waiting and u32_sub(&waiting_engines, 1) == 1:
-        int_disarm()                        # another engine's keeper may arm it just now: it does again at its tick
-    e.waiting = waiting
+    elif taken[0] and u32_sub(&ints_taken, 1) == 1:
+        int_disarm()                        # another thread may arm it just now: it does again at its tick
+    taken[0] = waiting
     thread_take_int(waiting)
 
 

@@ -126,7 +126,7 @@ cdef bint lift_page(Slot *s, Region_t *r, uint64_t address) noexcept nogil:
         lifted = lift_marked(r, b, first, end)
     critical_leave(s)
     if frozen:
-        wire_parked(r)
+        wire_parked(r, b)
         if r.is_inline:
             futex_wait(&r.frozen, 1, SECOND_NS)
     return lifted or parked or frozen != 0

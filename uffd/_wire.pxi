@@ -131,10 +131,10 @@ cdef struct Wire_t:
     int32_t last_error              # of the connection
     int peer_fd                     # pidfd of the other side's process, where it is on this machine; -1
     uint32_t told                   # the user was told of the pause
+    Wire_t *next                    # of those that touches may wait for; under registry_lock
+    Engine_t *engine                # of its regions, whose keeper looks at those; NULL: the guard thread does
+    uint64_t said_ns                # when the user was last told that a touch waits
     # destination
-    Wire_t *next                    # of those that bring something to this process; under registry_lock
-    Engine_t *engine                # of its regions
-    uint64_t said_ns                # when its keeper last told the user that a touch waits
     char name[32]                   # of the migration
     int gate_fd                     # where new connections come from, after a break; not ours
     uint64_t left                   # blocks that have yet to come
@@ -163,6 +163,8 @@ cdef struct Wire_t:
     uint32_t frozen                 # writers wait
     uint32_t kill                   # a writer after the hand-over ends the process, once all is handed over
     uint32_t killed                 # a write was seen
+    uint64_t parked_ns              # since when somebody waits in a touch that is not answered; 0: nobody
+    uint64_t parked                 # of what: part << 44 | block
     uint32_t guarding               # writes are seen: all is protected, or marked
     int guard_fd                    # userfaultfd of memory that is not ours
     int guard_wake

@@ -59,6 +59,7 @@ cdef class Wire:
         cdef bint ok
         cdef Wire_t *w = self.w
         w.release = release
+        _list(w)
         if w.source:
             err = _guard(w)
             if err != 0:
@@ -68,8 +69,6 @@ cdef class Wire:
         else:
             ok = wire_start(w, &receive_push_main, b"uffd-receive") and wire_start(w, &receive_ask_main, b"uffd-asks")
             ok = ok and (w.gate_fd < 0 or wire_start(w, &gate_main, b"uffd-gate"))
-            if ok:
-                _list(w)
         if not ok:
             raise _os_error(-EAGAIN, "no thread for a migration")
 
@@ -222,7 +221,8 @@ cdef class Wire:
         cdef uint32_t n, keep = 0
         cdef uint64_t deadline = now_ns() + 10 * SECOND_NS
         cdef bint ours
-        _unlist(w)
+        if not w.source:
+            _unlist(w)
         with nogil:
             while u32_load(&w.phase) >= PH_COMPLETED and u32_load(&w.connected):
                 if now_ns() > deadline - 8 * SECOND_NS:
@@ -247,6 +247,7 @@ cdef class Wire:
                     break
                 futex_wait(&w.threads, n, SLICE_NS)
             if ours:
+                _unlist(w)
                 _detach(w)
             elif w.source:
                 u32_add(&w.refs, 1)         # regions whose writers are stopped refer to it, to the end of the process
@@ -294,19 +295,23 @@ cdef class Wire:
 
 cdef void _list(Wire_t *w) noexcept:
     global wires
-    """A destination is among those that the keeper looks at."""
-    cdef Region_t *r = region_acquire(w.part[0].region_id) if w.nparts else NULL
-    if r == NULL:
+    """It is among those that a keeper looks at: that of the first region. Without one, its guard does."""
+    cdef uint32_t i
+    cdef Region_t *r
+    for i in range(w.nparts):
+        r = region_acquire(w.part[i].region_id) if w.part[i].region_id and w.engine == NULL else NULL
+        if r != NULL:
+            w.engine = r.engine
+            region_release(r)
+    if w.engine == NULL:
         return
-    w.engine = r.engine
-    region_release(r)
     pthread_mutex_lock(&registry_lock)
     w.next = wires
     wires = w
     pthread_mutex_unlock(&registry_lock)
 
 
-cdef void _unlist(Wire_t *w) noexcept:
+cdef void _unlist(Wire_t *w) noexcept nogil:
     cdef Wire_t **at = &wires
     pthread_mutex_lock(&registry_lock)
     while at[0] != NULL and at[0] != w:

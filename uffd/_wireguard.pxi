@@ -3,7 +3,7 @@
 # Uses:     _wire.pxi; settle_all of _track.pxi
 # Provides: each_part (protects, collects, stops), stored_look and stored_stay, source_thaw, guard_main (the
 #           thread that sees writes to memory that is not ours); part_written and wire_parked (called where a region of
-#           ours is written)
+#           ours is written); touch_parked, parked_since, say_parked (a touch that waits here)
 #
 # Writes are seen by write protection: a block's first write since it was last protected sets its bit in `dirty`. At the
 # switchover the same protection stops writers: their faults are not answered any more. Until then, only what was
@@ -16,10 +16,47 @@ cdef void part_written(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
         bit_set(r.part.dirty, i)
 
 
-cdef void wire_parked(Region_t *r) noexcept nogil:
+cdef void wire_parked(Region_t *r, uint64_t b) noexcept nogil:
     """A write to a region whose writers are stopped: it is not answered, and told again when they are let go."""
     if r.part != NULL and r.part.wire.source:
+        touch_parked(r.part, b)
         writer_seen(r.part.wire)
+
+
+cdef void touch_parked(Part_t *p, uint64_t b) noexcept nogil:
+    """Somebody waits from here on, until writers are let go; the first one is who the user is told of."""
+    cdef Wire_t *w = p.wire
+    if u64_load(&w.parked_ns) == 0:
+        u64_store(&w.parked, <uint64_t>(p - w.part) << 44 | b)
+        u64_store(&w.parked_ns, now_ns())
+
+
+cdef uint64_t parked_since(Wire_t *w, uint64_t *key) noexcept nogil:
+    """Since when, and at which block (part << 44 | number); 0: nobody waits."""
+    cdef uint64_t since = u64_load(&w.parked_ns) if u32_load(&w.frozen) else 0
+    key[0] = u64_load(&w.parked)
+    return since
+
+
+cdef void say_parked(Wire_t *w, uint64_t key, uint64_t age_ns) noexcept nogil:
+    cdef uint32_t phase = u32_load(&w.phase)
+    cdef line l
+    l.n = 0
+    line_text(&l, b"uffd: migration: a touch of array ")
+    line_number(&l, key >> 44)
+    line_text(&l, b" at offset ")
+    line_number(&l, (key & ((<uint64_t>1 << 44) - 1)) << w.part[key >> 44].shift)
+    line_text(&l, b" waits here, at the source, since ")
+    line_number(&l, age_ns / SECOND_NS)
+    if phase != PH_POSTCOPY and phase != PH_PAUSED_LATE and phase != PH_RECOVERING_LATE and phase != PH_COMPLETED and \
+            phase != PH_FAILED_DESTINATION:
+        line_text(&l, b" s, until it is known which side has the memory")
+    elif w.kill:
+        line_text(&l, b" s, until this process ends by it (on_write='kill')")
+    else:
+        line_text(&l, b" s, and will for ever: the memory is the destination's (on_write='stop')")
+    line_text(&l, b" (Ctrl-C twice gives up)")
+    line_say(&l)
 
 
 cdef void writer_seen(Wire_t *w) noexcept nogil:
@@ -120,6 +157,7 @@ cdef int each_part(Wire_t *w, bint first, bint freeze, uint64_t *found) noexcept
     cdef int err = 0
     pthread_mutex_lock(&w.guard_lock)
     if freeze:
+        u64_store(&w.parked_ns, 0)
         u32_store_seq(&w.frozen, 1)
         w.passed = 0
     for i in range(w.nparts):
@@ -257,18 +295,43 @@ cdef void *guard_main(void *argument) noexcept nogil:
     cdef uf_msg message[BATCH]
     cdef pollfd look[2]
     cdef int n, i
-    while not u32_load(&w.ending):
+    cdef bint taken = False
+    while not u32_load(&w.ending) or u32_load(&w.frozen):   # whoever waits is looked after, to the end of the process
         look[0].fd = w.guard_fd
         look[1].fd = w.guard_wake
         look[0].events = <short>POLLIN
         look[1].events = <short>POLLIN
-        poll(look, 2, -1)
+        poll(look, 2, TICK_IDLE_MS if u32_load(&w.frozen) else -1)
         n = uf_read(w.guard_fd, message, BATCH)
         for i in range(n):
             if message[i].event == UF_EVENT_PAGEFAULT:
                 guard_look(w, message[i].address)
+        if w.engine == NULL:
+            guard_waits(w, &taken)
+    take_int(&taken, False)
     wire_thread_ends(w)
     return NULL
+
+
+cdef void guard_waits(Wire_t *w, bint *taken) noexcept nogil:
+    """What a keeper does for regions: whether a touch has waited for long, and to tell the user."""
+    cdef uint64_t now = now_ns(), key = 0, age = 0
+    take_int(taken, wire_waits(w, now, &key, &age))
+    if age:
+        w.said_ns = now
+        say_parked(w, key, age)
+
+
+cdef void guard_parked(Wire_t *w, uint64_t at) noexcept nogil:
+    """A write to a page of memory that is not ours, while writers are stopped."""
+    cdef Part_t *p
+    cdef uint32_t i
+    for i in range(w.nparts):
+        p = &w.part[i]
+        if p.region_id == 0 and at + PAGE > <uint64_t>p.base and at < <uint64_t>p.base + p.nbytes:
+            touch_parked(p, (u64_max(at, <uint64_t>p.base) - <uint64_t>p.base) >> p.shift)
+            break
+    writer_seen(w)
 
 
 cdef void guard_look(Wire_t *w, uint64_t address) noexcept nogil:
@@ -278,7 +341,7 @@ cdef void guard_look(Wire_t *w, uint64_t address) noexcept nogil:
     pthread_mutex_lock(&w.guard_lock)
     if u32_load(&w.frozen):
         pthread_mutex_unlock(&w.guard_lock)
-        writer_seen(w)
+        guard_parked(w, at)
         return
     start = at
     end = at + PAGE

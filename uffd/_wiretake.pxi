@@ -31,6 +31,7 @@ cdef uint32_t wire_spare(Slot *s, Region_t *r, uint64_t b, uint32_t n) noexcept 
         return n
     if p.wire.source:
         while wire_gone(r):                 # its pages are another process's: whoever touches one waits
+            touch_parked(p, b)
             word = u32_load(&r.state[b])
             if word & STATE_MASK != MISSING or word & WAITERS or u32_cas(&r.state[b], word, word | WAITERS):
                 return 0
@@ -498,6 +499,7 @@ cdef void take_passed(Wire_t *w) noexcept nogil:
                 u64_add(&r.engine.used, run_span(r, b, n))
                 note_put(r, b, <uint32_t>n, NOTE_AHEAD)
             b = wire_next_bit(p.there, b + (n if n else 1), p.blocks)
+        evictor_ring(r.engine)              # no room was asked for: what is too much leaves from here on
         region_release(r)
 
 
@@ -590,24 +592,21 @@ cdef bint wires_wait(Engine_t *e, uint64_t now) noexcept nogil:
     """By the keeper: whether a touch has waited long for a migration; the user is told, each half minute."""
     cdef Wire_t *w
     cdef Wire_t *told = NULL
-    cdef uint64_t key = 0, since, told_key = 0, told_ns = 0
+    cdef uint64_t key = 0, age = 0, told_key = 0, told_ns = 0
     cdef bint waiting = False
     if wires == NULL:
         return False
     pthread_mutex_lock(&registry_lock)
     w = wires
     while w != NULL:
-        since = longest_touch(w, &key) if w.engine == e and u32_load(&w.verdict) == 0 else 0
-        if since == 0 or now < since + PATIENCE_NS:
-            w.said_ns = 0
-        else:
+        if w.engine == e and wire_waits(w, now, &key, &age):
             waiting = True
-            if told == NULL and (w.said_ns == 0 or now - w.said_ns > 30 * SECOND_NS):
+            if told == NULL and age:
                 w.said_ns = now
                 u32_add(&w.refs, 1)
                 told = w
                 told_key = key
-                told_ns = now - since
+                told_ns = age
         w = w.next
     pthread_mutex_unlock(&registry_lock)
     if told != NULL:
@@ -616,12 +615,24 @@ cdef bint wires_wait(Engine_t *e, uint64_t now) noexcept nogil:
     return waiting
 
 
+cdef bint wire_waits(Wire_t *w, uint64_t now, uint64_t *key, uint64_t *age_ns) noexcept nogil:
+    """Whether a touch has waited long; *age_ns: for how long, where the user is to be told of it now, else 0."""
+    cdef uint64_t since = parked_since(w, key) if w.source else longest_touch(w, key)
+    age_ns[0] = 0
+    if since == 0 or now < since + PATIENCE_NS:
+        w.said_ns = 0
+        return False
+    if w.said_ns == 0 or now - w.said_ns > 30 * SECOND_NS:
+        age_ns[0] = now - since
+    return True
+
+
 cdef uint64_t longest_touch(Wire_t *w, uint64_t *key) noexcept nogil:
     """Since when, and for which block (part << 44 | number); 0: nobody waits. Those whose place another request has
     taken are left out."""
     cdef uint64_t found = 0, k, since
     cdef uint32_t i
-    for i in range(<uint32_t>WIRE_ASKS if u64_load(&w.left) else 0):
+    for i in range(<uint32_t>WIRE_ASKS if u64_load(&w.left) and not u32_load(&w.verdict) else 0):
         k = u64_load(&w.ask[i].key)
         since = u64_load(&w.ask[i].since_ns)
         if k and u32_load(&w.ask[i].touched) and (found == 0 or since < found):
@@ -631,8 +642,10 @@ cdef uint64_t longest_touch(Wire_t *w, uint64_t *key) noexcept nogil:
 
 
 cdef void say_wire_waits(Wire_t *w, uint64_t key, uint64_t age_ns) noexcept nogil:
-    cdef Region_t *r = region_acquire(w.part[key >> 44].region_id)
+    cdef Region_t *r = region_acquire(w.part[key >> 44].region_id) if not w.source else NULL
     cdef line l
+    if w.source:
+        say_parked(w, key, age_ns)
     if r == NULL:
         return
     l.n = 0
