@@ -110,8 +110,8 @@ assert (a == right).all() and not r.dirty().any()
 
 @pytest.mark.parametrize("repaired", [False, True])
 def test_a_child_never_takes_a_torn_block_for_the_providers(where, repaired):
-    """Goal: shared backing: a block that is poisoned at a fork, since a page that was dropped could not be had again, has
-    its other pages' writes in the child, too, once the parent has it whole again, and is an error there before."""
+    """Goal: shared backing: a block that is poisoned at a fork, since a page that was dropped could not be had again,
+    has its other pages' writes in the child, too, once the parent has it whole again, and is an error there before."""
     if where.backing != "shared":
         pytest.skip("private memory is the kernel's matter")
     run_script(BEGIN + f"""

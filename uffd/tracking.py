@@ -119,8 +119,8 @@ class Tracker:
         return out
 
     def ranges(self, reset: bool = True) -> list[tuple[int, int]]:
-        """The same as byte ranges of the array's memory: (start, stop) each, sorted, neighbours merged, counted from its
-        first byte and cut at its ends."""
+        """The same as byte ranges of the array's memory: (start, stop) each, sorted, neighbours merged, counted from
+        its first byte and cut at its ends."""
         written = self.written(reset)
         steps = np.flatnonzero(np.diff(written.view(np.int8), prepend=0, append=0))
         bounds = steps.reshape(-1, 2).astype(np.int64) * self.page_bytes + (self._low - self._start)

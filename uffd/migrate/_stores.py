@@ -65,6 +65,7 @@ def opened(description: Any, nbytes: int) -> Any:
 
 
 def _describe_file(provider: File) -> dict[str, Any] | None:
+    assert provider._recipe is not None                  # of each File
     (path, offset), options = provider._recipe
     found = os.fstat(provider._fd)
     if not stat.S_ISREG(found.st_mode) or len(os.fsencode(path)) > _PATH_BYTES or not path.isprintable():
