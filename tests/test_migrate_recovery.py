@@ -140,7 +140,7 @@ text = os.read(told, 4096)
 assert os.WIFSIGNALED(found[1]) and os.WTERMSIG(found[1]) == signal.SIGINT, (found, text)
 assert b"interrupted twice" in text and b"it went on" not in text, text
 assert ended(pid) == 0
-""")
+""", deadline_s=60)
 
 
 def test_broken_before_the_hand_over():

@@ -102,8 +102,10 @@ cdef void serve_messages(Slot *s, Region_t *r, uf_msg *message, int n) noexcept 
     cdef uint64_t t0 = now_ns()
     u64_add(&s.served, <uint64_t>n)
     for i in range(n):
+        if message[i].event == UF_EVENT_REMAP and not u32_load(&r.frozen):
+            uf_unregister(r.fd, message[i].address, uf_moved_bytes(&message[i]))    # by the program: nobody serves that
         if message[i].event != UF_EVENT_PAGEFAULT:
-            continue                        # no event is asked for; a kernel that sends one anyway is not answered
+            continue                        # a migration's own; a kernel that sends others anyway is not answered
         b = (message[i].address - <uint64_t>r.base) >> r.shift
         f = <uint32_t>message[i].flags
         if b >= r.blocks:

@@ -54,6 +54,8 @@ cdef int region_listen(Region_t *r) noexcept nogil:
         mode |= UF_REGISTER_MINOR
     if r.memfd >= 0 and not r.in_child:
         want |= UF_FEATURE_MISSING_SHMEM
+        if not r.is_inline and has(UF_FEATURE_EVENT_REMAP):     # an mremap, which waits until a worker has read of it,
+            want |= UF_FEATURE_EVENT_REMAP                      # moves whole page tables then (wire_disarm)
     r.fd = uf_open(known_way)
     if r.fd < 0 and uffd_discover() == 0:
         r.fd = uf_open(known_way)           # privileges were dropped since the first one

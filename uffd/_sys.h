@@ -66,7 +66,7 @@ enum { UF_ZEROPAGE_DONTWAKE = 1 };
 enum { UF_WRITEPROTECT_WP = 1, UF_WRITEPROTECT_DONTWAKE = 2 };
 enum { UF_CONTINUE_DONTWAKE = 1, UF_CONTINUE_WP = 2 };
 enum { UF_MOVE_DONTWAKE = 1 };
-enum { UF_EVENT_PAGEFAULT = 0x12 };
+enum { UF_EVENT_PAGEFAULT = 0x12, UF_EVENT_REMAP = 0x14 };
 enum { UF_FLAG_WRITE = 1, UF_FLAG_WP = 2, UF_FLAG_MINOR = 4 };
 
 struct uf_api { uint64_t api, features, ioctls; };
@@ -86,6 +86,12 @@ struct uf_msg {                                  /* what read() on a userfaultfd
     uint64_t flags, address;
     uint32_t ptid, reserved4;
 };
+
+/* Of a UF_EVENT_REMAP: `address` is where the pages are now, and these are their bytes. */
+static inline uint64_t uf_moved_bytes(const struct uf_msg *m)
+{
+    return m->ptid | (uint64_t)m->reserved4 << 32;
+}
 
 /* ---- which pages are there, and written: PAGEMAP_SCAN, 6.7 ----------------------------------------------------- */
 

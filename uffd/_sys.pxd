@@ -11,7 +11,7 @@ cdef extern from "_sys.h" nogil:
         UF_FEATURE_MOVE
         UF_REGISTER_MISSING, UF_REGISTER_WP, UF_REGISTER_MINOR
         UF_COPY_WP, UF_CONTINUE_WP, UF_WRITEPROTECT_WP, UF_MOVE_DONTWAKE
-        UF_EVENT_PAGEFAULT
+        UF_EVENT_PAGEFAULT, UF_EVENT_REMAP
         UF_FLAG_WRITE, UF_FLAG_WP, UF_FLAG_MINOR
         UF_WAY_DEVICE, UF_WAY_SYSCALL, UF_WAY_USER, UF_WAYS
     unsigned long UF_IOC_API, UF_IOC_REGISTER, UF_IOC_UNREGISTER, UF_IOC_WAKE, UF_IOC_COPY, UF_IOC_ZEROPAGE
@@ -82,6 +82,7 @@ cdef extern from "_sys.h" nogil:
     int pm_unmarked(int fd, pm_scan_request *s, uint64_t page) noexcept
     int pm_marked(int fd, bint scans, uint64_t page, uint64_t start, uint64_t end) noexcept
     bint range_mapped(uint64_t start, uint64_t len) noexcept
+    uint64_t uf_moved_bytes(const uf_msg *m) noexcept
     int uf_unregister(int fd, uint64_t start, uint64_t len) noexcept
     int uf_wake(int fd, uint64_t start, uint64_t len) noexcept
     int uf_copy(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done) noexcept

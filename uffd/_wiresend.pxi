@@ -156,10 +156,9 @@ cdef int push_all(Wire_t *w, uint32_t epoch, int fd, char *buffer, void *codec) 
         elif w.acked != w.sent:
             err = take_acks(w, fd, True)
             continue
-        elif u32_load(&w.turn) == turn:
-            u32_store(&w.drained, 1)
+        elif u32_load(&w.turn) == turn and not u32_swap(&w.drained, 1):
             wire_tell(w)
-            turn = u32_load(&w.turn)
+            continue                        # who asks for it anew may have done so just before that
         futex_wait(&w.turn, turn, SECOND_NS)
     return err if err != 0 else -ENOTCONN
 
