@@ -188,16 +188,17 @@ static inline int wire_is_zero(const char *p, size_t n)
     return first == 0 && memcmp(p, p + 8, n - 8) == 0;
 }
 
-/* Moves the pages of a mapping that a userfaultfd watches to another address. The mapping
-   stays, empty and watched, so that every access to it faults. Where an mremap is an event, the kernel moves whole
-   page tables, else page by page. NULL: not possible (Linux before 5.13). */
+/* Moves the pages of a mapping that a userfaultfd watches to another address. The mapping stays, empty and watched, so
+   that every access to it faults. Where an mremap is an event, the kernel moves whole page tables, else page by page.
+   NULL: not possible (Linux before 5.13). */
 static inline char *wire_disarm(char *start, uint64_t len)
 {
     const uint64_t unit = 2 << 20;               /* of a page table: it must lie alike in both places */
     char *room = mmap(NULL, len + unit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    char *to = room + (((uintptr_t)start - (uintptr_t)room) & (unit - 1));
+    char *to;
     if (room == MAP_FAILED)
         return NULL;
+    to = room + (((uintptr_t)start - (uintptr_t)room) & (unit - 1));
     if (mremap(start, len, len, MREMAP_MAYMOVE | MREMAP_FIXED | 4 /* MREMAP_DONTUNMAP */, to) == MAP_FAILED) {
         munmap(room, len + unit);
         return NULL;
