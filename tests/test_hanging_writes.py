@@ -60,7 +60,10 @@ assert counts[1] == 2
 def test_ctrl_c_ends_a_flush_that_hangs():
     """Goal: Ctrl-C, while the store hangs, within a second; nothing is lost."""
     process = start_script(HANGS.format(timeout_s=30) + """
-say("ready")
+def hangs():
+    wait_until(lambda: store.gate_waiters == 1, "the write")
+    say("ready")
+threading.Thread(target=hangs, daemon=True).start()
 try:
     r.flush()
     say("not interrupted")
