@@ -296,7 +296,7 @@ pid, url = start(destination)
 a, r = filled(N), uffd.zeros(N // 8, np.int64)
 r[:] = filled(N)
 before = leaks.rss_bytes()
-with migrate.connect(url, [a, r], release=True, postcopy_bytes_per_s=200e6) as outgoing:
+with migrate.connect(url, [a, r], release=True, postcopy_bytes_per_s=50e6) as outgoing:
     outgoing.switchover()
     time.sleep(0.03)
     outgoing.pause()

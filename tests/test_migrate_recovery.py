@@ -32,7 +32,7 @@ def destination(incoming):
     arrival.close()
 pid, url = start(destination)
 r = uffd.zeros(N // 8, np.int64); r[:] = filled(N)
-with migrate.connect(url, {"a": filled(N), "r": r}, postcopy_bytes_per_s=40e6) as outgoing:
+with migrate.connect(url, {"a": filled(N), "r": r}, postcopy_bytes_per_s=20e6) as outgoing:
     outgoing.switchover()
     for turn in range(5):
         time.sleep(0.03)
