@@ -289,6 +289,62 @@ os._exit(0)
 """, 40 + 2 * stress_seconds())
 
 
+@pytest.mark.parametrize("key", [None, b"k" * 32])
+def test_answers_that_come_late_twice_and_in_another_order(key):
+    """Goal: a block is what its first answer says; what comes again, with other bytes, on either connection, asked for
+    or not, is thrown away and counted, also once the program has written there. Method: a source by hand."""
+    script(FRAMES + f"key = {key!r}" + """
+import socket
+B, (BLOCKS, PREPARE, COMMIT), (WANT, READY, STARTED) = 65536, (1, 5, 6), (33, 34, 35)
+told, tell = os.pipe()
+def destination(incoming):
+    arrival = incoming.accept(20)
+    a = arrival.arrays["x"]
+    assert a[5 * B] == 6
+    a[5 * B] = 200
+    os.write(tell, b"w")
+    assert [a[b * B + 1] for b in range(8)] == list(range(1, 9))
+    report = arrival.wait(20)
+    assert a[5 * B] == 200 and (np.delete(a, 5 * B) == np.delete(np.repeat(np.arange(1, 9), B), 5 * B)).all()
+    assert report.blocks.doubled == 1 + 6 + 4, report
+    arrival.close()
+def head(kind, block=0, count=0, nbytes=0, extra=0):
+    return struct.pack("=IIQIIQ", kind, 0, block, count, nbytes, extra)
+def block(b, right=True):
+    return head(BLOCKS, b, 1, B) + bytes([b + 1 if right else 99]) * B
+def until(kind):
+    while True:
+        frame = ask.recv(32, socket.MSG_WAITALL)
+        assert len(frame) == 32, "the destination is gone"
+        if frame[0] == kind:
+            return struct.unpack("=IIQIIQ", frame)[2]
+pid, url = start(destination, key=key)
+layout = _frames.described(_frames.Layout((_frames.Part(8 * B, B, "anon"),),
+                                          (_frames.Array("x", 0, 0, np.dtype("u1"), (8 * B,), "C"),)))
+push, ask = _outgoing._pair(_urls.parse(url), key, "new", f"{1:032x}", deadline())
+frames = _frames.Frames(ask)
+frames.send("offer", deadline_s=deadline(), byteorder=sys.byteorder, passed=[], **layout)
+frames.receive("accepted", deadline_s=deadline())
+for one in (push, ask):
+    one.settimeout(20)
+ask.sendall(head(PREPARE, nbytes=1, extra=1) + b"s")
+until(READY)
+ask.sendall(head(COMMIT))
+until(STARTED)
+assert until(WANT) == 5
+time.sleep(0.2)
+ask.sendall(block(7) + block(6) + block(5) + block(5, False))
+assert os.read(told, 1) == b"w"
+for one in (push, ask):
+    one.sendall(b"".join(block(b, False) for b in (5, 7, 6)))
+time.sleep(0.2)
+for b in (4, 3, 2, 1):
+    push.sendall(block(b) + block(b, False))
+push.sendall(block(0))                      # it is complete: nobody listens any more
+assert ended(pid) == 0
+""")
+
+
 def test_of_several_arrivals_each_is_recovered_by_its_own_source():
     """Goal: new connections go to the migration that they are of, while others came by the same Incoming and are open;
     also when the program has closed that Incoming's other arrivals meanwhile."""
