@@ -68,6 +68,31 @@ def test_evict_and_come_back(made, engine):
     del array
 
 
+def test_the_first_evictions_of_an_engine_at_once(where):
+    """Goal: threads that move blocks out while the engine's pool is being made neither die nor copy into it. Method:
+    new engines, and three threads that begin together, in a process of their own."""
+    run_script("""
+for turn in range(150):
+    with uffd.Engine(workers=1) as engine:
+        regions = [region(64 * PAGE, uffd.providers.Zero(), engine=engine, block_bytes=PAGE, mode="c")
+                   for _ in range(3)]
+        arrays = [one.array() for one in regions]
+        for one in regions:
+            one.populate()
+        barrier, runs = threading.Barrier(3), np.array([[0, 64]], np.int64)
+        def out(one):
+            barrier.wait(20)
+            uffd._core.evict(one, runs)
+        threads = [threading.Thread(target=out, args=(one,)) for one in regions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert not any(array.any() for array in arrays)
+        del arrays
+""", 45, where=where).check()
+
+
 @pytest.mark.parametrize("where_from", ["bytes", "view", "empty"])
 def test_evict_takes_what_it_names(made, where_from):
     region, _ = made

@@ -254,7 +254,7 @@ cdef void settle_out(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_t done
 cdef bint pool_prepare(Region_t *r) noexcept nogil:
     """The pool of the region's block size is there. Not inside `critical`: fork() waits for that with the lock."""
     cdef bint ready
-    if pool_of(r.engine, r.shift).base != NULL:
+    if ptr_load(&pool_of(r.engine, r.shift).base) != NULL:
         return True
     pthread_mutex_lock(&r.engine.policy_lock)
     ready = pool_ready(r.engine, r.shift)

@@ -166,9 +166,11 @@ cdef bint pool_ready(Engine_t *e, uint32_t shift) noexcept nogil:
     """Maps the pool of a block size at its first use; False where no memory can be had. Under policy_lock.
 
     Its range is registered with a userfaultfd of the engine, since only registered memory can be moved to; with the
-    SIGBUS feature, so that a stray touch dies and does not wait. Without MOVE the pool is plain memory.
+    SIGBUS feature, so that a stray touch dies and does not wait. Without MOVE the pool is plain memory. `base` is told
+    last: who sees it looks at pool_fd next, without the lock, and must not copy to what is about to be registered.
     """
     cdef Pool *p = pool_of(e, shift)
+    cdef char *base
     cdef uint64_t bits, want = UF_FEATURE_MOVE | UF_FEATURE_SIGBUS, ioctls = 0
     if p.base != NULL:
         return True
@@ -177,13 +179,12 @@ cdef bint pool_ready(Engine_t *e, uint32_t shift) noexcept nogil:
         p.slots = 64
     bits = page_round(p.slots / 8 + 8)
     p.taken = <uint64_t *>map_lazy(2 * bits, PROT_READ | PROT_WRITE, -1)
-    p.base = map_lazy(p.slots << shift, PROT_READ | PROT_WRITE, -1)
-    if p.base == NULL or p.taken == NULL:
-        if p.base != NULL:
-            munmap(p.base, p.slots << shift)
+    base = map_lazy(p.slots << shift, PROT_READ | PROT_WRITE, -1)
+    if base == NULL or p.taken == NULL:
+        if base != NULL:
+            munmap(base, p.slots << shift)
         if p.taken != NULL:
             munmap(p.taken, 2 * bits)
-        p.base = NULL
         return False
     p.full = <uint64_t *>(<char *>p.taken + bits)
     p.used = 0
@@ -194,10 +195,10 @@ cdef bint pool_ready(Engine_t *e, uint32_t shift) noexcept nogil:
             e.pool_fd = -1
         if e.pool_fd < 0:
             e.pool_fd = -2                  # not asked for again: pages are copied
-    if e.pool_fd >= 0 and uf_register(e.pool_fd, <uint64_t>p.base, p.slots << shift, UF_REGISTER_MISSING,
-                                      &ioctls) != 0:
+    if e.pool_fd >= 0 and uf_register(e.pool_fd, <uint64_t>base, p.slots << shift, UF_REGISTER_MISSING, &ioctls) != 0:
         close(e.pool_fd)
         e.pool_fd = -2
+    ptr_store(&p.base, base)
     return True
 
 
