@@ -276,7 +276,7 @@ cdef _set_region(Image_t *m, uint64_t address, uint64_t first, uint64_t end, uin
     cdef RegionPart *p = &m.region[m.regions]
     p.r = region_at(address)
     if p.r == NULL:
-        raise ValueError("the region is closed")
+        raise _closed()
     region_release(p.r)                     # the buffers that the image holds keep it open
     p.m = m
     p.first = first

@@ -90,7 +90,7 @@ cdef class Region:
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         if self.r == NULL:
-            raise ValueError("the region is closed")
+            raise _closed()
         if flags & 1 and not self.r.writable:
             raise BufferError("the region is read-only")
         self.shape[0] = <Py_ssize_t>self.r.nbytes
@@ -393,9 +393,14 @@ def base_at(uint64_t address):
     return base
 
 
+cdef object _closed():
+    from .errors import RegionClosed
+    return RegionClosed("the region is closed")
+
+
 cdef Region_t *_live(Region region) except NULL:
     if region.r == NULL:
-        raise ValueError("the region is closed")
+        raise _closed()
     return region.r
 
 
