@@ -17,8 +17,8 @@ from uffd import providers
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed (the extra `test`)")
 from hypothesis import HealthCheck, Phase, settings, strategies as st  # noqa: E402
-from hypothesis.stateful import (Bundle, RuleBasedStateMachine, consumes, invariant, rule,  # noqa: E402
-                                 run_state_machine_as_test)
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule  # noqa: E402
+from support.machines import run_machine  # noqa: E402
 
 PAGE = uffd._core.PAGE_BYTES
 LONG = stress_seconds() > 10
@@ -208,10 +208,7 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.keeps("a failing example's arrays live on in hypothesis's report; the machine itself closes all")
 def test_machine(where):
     """Goal: any sequence of calls gives what the same sequence on plain arrays gives."""
-    seed = int(os.environ.get("UFFD_SEED") or int.from_bytes(os.urandom(4), "little"))
-    print(f"machine: UFFD_SEED={seed}")
-    bound = type("Machine", (Machine,), {"where": where})
-    run_state_machine_as_test(hypothesis.seed(seed)(bound), settings=SETTINGS)
+    run_machine(Machine, "of calls", SETTINGS, where=where)
 
 
 @pytest.mark.skipif(uffd._core.mode()[0] == "none", reason="no userfaultfd, no provider hosts")
@@ -233,11 +230,8 @@ def test_machine_over_hosts(where):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    Killing.where = where
-    seed = int(os.environ.get("UFFD_SEED") or int.from_bytes(os.urandom(4), "little"))
-    print(f"machine over hosts: UFFD_SEED={seed}")
     few = settings(SETTINGS, max_examples=SETTINGS.max_examples // 5)
-    run_state_machine_as_test(hypothesis.seed(seed)(Killing), settings=few)
+    run_machine(Killing, "over hosts", few, where=where)
 
 
 @pytest.mark.parametrize("place", matrix.WHERES, ids=str)

@@ -15,8 +15,8 @@ from uffd import snapshot
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed (the extra `test`)")
 from hypothesis import HealthCheck, Phase, settings, strategies as st  # noqa: E402
-from hypothesis.stateful import (RuleBasedStateMachine, initialize, precondition, rule,  # noqa: E402
-                                 run_state_machine_as_test)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule  # noqa: E402
+from support.machines import run_machine  # noqa: E402
 
 PAGE = uffd._core.PAGE_BYTES
 SIZE = 4 * PAGE                 # of a block
@@ -189,7 +189,4 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.keeps("a failing example's arrays live on in hypothesis's report; the machine itself closes all")
 def test_machine_of_trackers_and_images(where):
     """Goal: whatever the order, a tracker tells enough, an image is of its instant, and what can't be is refused."""
-    seed = int(os.environ.get("UFFD_SEED") or int.from_bytes(os.urandom(4), "little"))
-    print(f"machine of images: UFFD_SEED={seed}")
-    bound = type("Machine", (Machine,), {"where": where})
-    run_state_machine_as_test(hypothesis.seed(seed)(bound), settings=SETTINGS)
+    run_machine(Machine, "of images", SETTINGS, where=where)

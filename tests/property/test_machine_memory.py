@@ -3,7 +3,6 @@ against a model made of plain arrays, and against what the store holds (hypothes
 
 import contextlib
 import gc
-import os
 import time
 
 import numpy as np
@@ -15,8 +14,8 @@ from support.stores import stored
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed (the extra `test`)")
 from hypothesis import HealthCheck, Phase, settings, strategies as st  # noqa: E402
-from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, precondition, rule,  # noqa: E402
-                                 run_state_machine_as_test)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule  # noqa: E402
+from support.machines import run_machine  # noqa: E402
 
 PAGE = uffd._core.PAGE_BYTES
 SIZE = 4 * PAGE                 # of a block
@@ -183,7 +182,4 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.keeps("a failing example's arrays live on in hypothesis's report; the machine itself closes all")
 def test_machine_under_a_budget(where, mode):
     """Goal: no sequence loses an update, or stores what was not written; never more in memory than the budget."""
-    seed = int(os.environ.get("UFFD_SEED") or int.from_bytes(os.urandom(4), "little"))
-    print(f"machine under a budget: UFFD_SEED={seed}")
-    bound = type("Machine", (Machine,), {"where": where, "mode": mode})
-    run_state_machine_as_test(hypothesis.seed(seed)(bound), settings=SETTINGS)
+    run_machine(Machine, "under a budget", SETTINGS, where=where, mode=mode)

@@ -4,7 +4,7 @@ import os
 import traceback
 
 import numpy as np  # noqa: F401
-from uffd import migrate
+from uffd import MigrationError, migrate
 
 from support.child import *  # noqa: F403
 from support.child import wait_until
@@ -38,6 +38,16 @@ def start(destination, url=TCP, key=None, engine=None):
 def ended(pid):
     """The exit status of a destination; negative: the signal. The script's own deadline bounds it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def fails(call, owner=None):
+    """The call raises MigrationError, which says who has the memory."""
+    try:
+        call()
+    except MigrationError as error:
+        assert owner in (None, error.owner), error
+    else:
+        raise AssertionError("it did not fail")
 
 
 def filled(nbytes, seed=0):
