@@ -301,15 +301,26 @@ cdef uint32_t move_to_pool(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_
 
 cdef void move_back(Region_t *r, uint64_t start, uint64_t slot, uint64_t nbytes, bint clean) noexcept nogil:
     """Pages of a block that could not be moved whole return to it. The block is busy: who writes to a page that is here
-    again and not protected yet would not be seen, so clean ones are copied in, protected."""
-    cdef uint64_t moved = 0
+    again and not protected yet would not be seen, so clean ones are copied in, protected. A kernel that refuses for a
+    second ends the process, as in send_back; only where the program has unmapped the block they are dropped."""
+    cdef uint64_t moved = 0, deadline = now_ns() + SECOND_NS
+    cdef unsigned int tries = 0
+    cdef int err
     if not clean or r.guard:
         move_pages(r.fd, start, slot, nbytes, UF_MOVE_DONTWAKE, &moved)
         if clean:
             uf_writeprotect(r.fd, start, nbytes, UF_WRITEPROTECT_WP)
-    if moved < nbytes:
-        place_run(r, OP_COPY, start + moved, slot + moved, nbytes - moved, UF_COPY_WP if clean and r.protect else 0)
-        madvise(<char *>slot + moved, nbytes - moved, MADV_DONTNEED)
+    while moved < nbytes:
+        err = place_run(r, OP_COPY, start + moved, slot + moved, nbytes - moved,
+                        UF_COPY_WP if clean and r.protect else 0)
+        if err >= 0 or err == -ENOENT:
+            madvise(<char *>slot + moved, nbytes - moved, MADV_DONTNEED)
+            break
+        if now_ns() > deadline:
+            say_stuck(r, (start - <uint64_t>r.base) >> r.shift, err)
+            bus_die()
+        nap(tries)
+        tries += 1
 
 
 cdef bint unshare(Region_t *r, uint64_t b) noexcept nogil:
