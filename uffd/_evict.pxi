@@ -301,9 +301,9 @@ cdef uint32_t move_to_pool(Slot *s, Region_t *r, uint64_t b, uint32_t n, uint32_
 
 cdef void move_back(Region_t *r, uint64_t start, uint64_t slot, uint64_t nbytes, bint clean) noexcept nogil:
     """Pages of a block that could not be moved whole return to it. The block is busy: who writes to a page that is here
-    again and not protected yet would not be seen, so clean ones are copied in, protected. A kernel that refuses for a
-    second ends the process, as in send_back; only where the program has unmapped the block they are dropped."""
-    cdef uint64_t moved = 0, deadline = now_ns() + SECOND_NS
+    again and not protected yet would not be seen, so clean ones are copied in, protected. Where the program unmapped
+    the block they are dropped. A kernel that refuses for a second ends the process."""
+    cdef uint64_t moved = 0, mode = UF_COPY_WP if clean and r.protect else 0, deadline = now_ns() + SECOND_NS
     cdef unsigned int tries = 0
     cdef int err
     if not clean or r.guard:
@@ -311,16 +311,11 @@ cdef void move_back(Region_t *r, uint64_t start, uint64_t slot, uint64_t nbytes,
         if clean:
             uf_writeprotect(r.fd, start, nbytes, UF_WRITEPROTECT_WP)
     while moved < nbytes:
-        err = place_run(r, OP_COPY, start + moved, slot + moved, nbytes - moved,
-                        UF_COPY_WP if clean and r.protect else 0)
+        err = place_run(r, OP_COPY, start + moved, slot + moved, nbytes - moved, mode)
         if err >= 0 or err == -ENOENT:
             madvise(<char *>slot + moved, nbytes - moved, MADV_DONTNEED)
             break
-        if now_ns() > deadline:
-            say_stuck(r, (start - <uint64_t>r.base) >> r.shift, err)
-            bus_die()
-        nap(tries)
-        tries += 1
+        refused(r, (start - <uint64_t>r.base) >> r.shift, err, deadline, &tries)
 
 
 cdef bint unshare(Region_t *r, uint64_t b) noexcept nogil:
@@ -555,12 +550,8 @@ cdef void send_back(Region_t *r, uint64_t b, uint64_t slot, uint64_t nbytes) noe
     while at < nbytes:
         err = move_pages(r.engine.pool_fd, slot + at, start + at, nbytes - at, 0, &moved)
         at += moved
-        if err != 0 and now_ns() > deadline:
-            say_stuck(r, b, err)
-            bus_die()
-        elif err != 0:
-            nap(tries)
-            tries += 1
+        if err != 0:
+            refused(r, b, err, deadline, &tries)
 
 
 cdef void forbid_write(Region_t *r, uint64_t b) noexcept nogil:

@@ -2,7 +2,7 @@
 #
 # Uses:     the data of _core.pyx, the calls of _sys.h; enter_blocking/leave_blocking of _life.pxi
 # Provides: begin_run, finish_run (fills), lift_run (the first write), repair_run, poison_again, ask_for_wake,
-#           wait_for_word, publish, count, stage
+#           wait_for_word, publish, count, stage, refused
 #
 #   MISSING > FILLING > CLEAN > UNPROTECTING > DIRTY         the way of a block that is read, then written
 #             FILLING > DIRTY                                filled for a write
@@ -497,12 +497,17 @@ cdef void unprotect(Region_t *r, uint64_t b, uint64_t n) noexcept nogil:
             uf_writeprotect(r.fd, start + len, PAGE, 0)
         return
     while err != 0:
-        if now_ns() > deadline:
-            say_stuck(r, b, err)
-            bus_die()
-        nap(tries)
-        tries += 1
+        refused(r, b, err, deadline, &tries)
         err = uf_writeprotect(r.fd, start, len, 0)
+
+
+cdef void refused(Region_t *r, uint64_t b, int err, uint64_t deadline, unsigned int *tries) noexcept nogil:
+    """The kernel did not do what a block can't go on without: a nap; from the deadline on the end of the process."""
+    if now_ns() > deadline:
+        say_stuck(r, b, err)
+        bus_die()
+    nap(tries[0])
+    tries[0] += 1
 
 
 cdef bint block_present(Region_t *r, uint64_t b) noexcept nogil:

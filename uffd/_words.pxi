@@ -53,7 +53,7 @@ cdef void say_stuck(Region_t *r, uint64_t b, int err) noexcept nogil:
     cdef line l
     l.n = 0
     describe_block(&l, r, b)
-    line_text(&l, b"is written to, and the kernel does not lift its write protection: ")
+    line_text(&l, b"can't go on: the kernel lifts no write protection, or moves no pages: ")
     line_errno(&l, -err)
     line_say(&l)
 
