@@ -86,7 +86,7 @@ def test_pages_that_came_with_a_huge_page_are_told():
     """Goal: what docs/tracking.md says of large arrays: of a first write no more than its huge page is told, and from
     then on pages. The ranges are plain numbers."""
     huge = 2 << 20
-    array = np.frombuffer(mmap.mmap(-1, 4 * huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)   # no heap page
+    array = np.frombuffer(mmap.mmap(-1, 4 * huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
     at = -array.__array_interface__["data"][0] % huge + huge + 3 * PAGE
     with uffd.track(array) as tracker:
         array[at] = 1
