@@ -378,7 +378,7 @@ cdef void tear_copy(Slot *owner, Region_t *r, uint64_t b) noexcept nogil:
     if u32_load(&owner.torn) == 0:
         memset(owner.torn_page, 0, sizeof(owner.torn_page))
     for i in range(block_span(r, b) / PAGE):
-        if not page_present(page + i * PAGE):
+        if not pages_there(page + i * PAGE, PAGE, PAGE):
             owner.torn_page[i / 64] |= <uint64_t>1 << (i % 64)
     u32_store(&owner.torn, 1)
     place_around(r, <uint64_t>page, block_span(r, b), zero_bytes, r.protect)

@@ -511,16 +511,8 @@ cdef void refused(Region_t *r, uint64_t b, int err, uint64_t deadline, unsigned 
 
 
 cdef bint block_present(Region_t *r, uint64_t b) noexcept nogil:
-    """Whether all pages of a private block are in the page table. Of a shared one only CONTINUE can tell."""
-    cdef char *page = r.base + (b << r.shift)
-    cdef char *end = page + block_span(r, b)
-    if r.minor:
-        return False
-    while page < end:
-        if not page_present(page):
-            return False
-        page += PAGE
-    return True
+    """Whether the program dropped no page of a private block. Of a shared one only CONTINUE can tell."""
+    return not r.minor and pages_there(r.base + (b << r.shift), block_span(r, b), PAGE)
 
 
 cdef void repair_run(Slot *s, Region_t *r, uint64_t b, uint32_t state, uint32_t cause) noexcept nogil:

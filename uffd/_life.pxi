@@ -157,7 +157,7 @@ cdef int region_map(Region_t *r) noexcept nogil:
     r.base = map_lazy(r.span, protection, r.memfd)
     if r.base == NULL:
         return -ENOMEM
-    if page_present(r.base) and not shared:
+    if pages_there(r.base, PAGE, PAGE) and not shared:
         return -EBUSY                       # somebody populates all new memory, in spite of map_lazy
     return 0
 

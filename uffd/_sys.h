@@ -407,10 +407,32 @@ static inline int map_unshare(char *start, uint64_t len)
     return madvise(start, len, 23 /* MADV_POPULATE_WRITE */) ? -errno : 0;
 }
 
-static inline int page_present(char *page)
+/* Whether something is there of each of these pages of private memory: in memory, or swapped out, of which mincore knows
+ * only as long as it is in the swap cache. Keeps no descriptor, so that a forked child asks for its own memory. Where
+ * /proc can't be had, a page that is swapped out counts as not there. Async-signal-safe. */
+static inline int pages_there(const char *start, uint64_t len, uint64_t page)
 {
-    unsigned char there = 0;
-    return mincore(page, 1, &there) == 0 && (there & 1);
+    enum { MOST = 64 };
+    unsigned char core[MOST];
+    uint64_t entry[MOST], at = (uint64_t)(uintptr_t)start, end = at + len;
+    int pagemap = -1, all = 1;
+    while (all && at < end) {
+        uint64_t n = (end - at) / page < MOST ? (end - at) / page : MOST, i = 0;
+        all = mincore((void *)(uintptr_t)at, n * page, core) == 0;
+        while (all && i < n && core[i] & 1)
+            i++;
+        if (all && i < n) {
+            if (pagemap < 0)
+                pagemap = pm_open();
+            all = pagemap >= 0 && pread(pagemap, entry, n * 8, (off_t)(at / page * 8)) == (ssize_t)(n * 8);
+            for (; all && i < n; i++)
+                all = (core[i] & 1) || entry[i] >> 62 != 0;
+        }
+        at += n * page;
+    }
+    if (pagemap >= 0)
+        close(pagemap);
+    return all;
 }
 
 /* memcpy within this process that answers -EFAULT for a source that is not there. */

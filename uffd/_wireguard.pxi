@@ -413,5 +413,6 @@ cdef void source_release_all(Wire_t *w) noexcept nogil:
         source_release(w, i, 0, p.blocks)
         for k in range(p.blocks + 1 if p.region_id == 0 and p.guarded_bytes else 0):
             page = u64_min(<uint64_t>p.base + (k << p.shift), <uint64_t>p.base + p.nbytes) & ~(PAGE - 1)
-            if <uint64_t>p.base <= page and page + PAGE <= <uint64_t>p.base + p.nbytes and page_present(<char *>page):
+            if <uint64_t>p.base <= page and page + PAGE <= <uint64_t>p.base + p.nbytes and \
+                    pages_there(<char *>page, PAGE, PAGE):
                 give_back(w, page, page + PAGE)
