@@ -29,9 +29,7 @@ def spread(result: dict[str, float], unit: str) -> str:
     return text if result["low"] == result["high"] else f"{text} ({result['low']:.3g}..{result['high']:.3g})"
 
 
-def line(row: Row, found: dict[str, Any] | None) -> list[str]:
-    if found is None:
-        return [row.work, "no data", "", "", row.goal_text(), ""]
+def line(row: Row, found: dict[str, Any]) -> list[str]:
     floor = spread(found["floor"], row.unit) if found["floor"] else "-"
     judged = f"{found['judged']:.2f} x" if row.value != "number" else f"{found['judged']:.3g} {row.unit}"
     return [row.work, spread(found["ours"], row.unit), floor, judged, row.goal_text(), "yes" if found["met"] else "NO"]
@@ -70,12 +68,13 @@ def main() -> int:
     if scales:
         print(f"sizes shrunk by UFFD_BENCH_SCALE to {', '.join(f'{scale:g}' for scale in scales)}: not for the record")
     heads = ["work", "ours", "floor", "ratio or number", "goal", "met"]
-    print_table([heads] + [line(row, rows.get(row.key)) for row in ROWS])
-    print("\nFloors, in the same run: " + "; ".join(f"{row.key}: {row.floor}" for row in ROWS if row.floor))
+    measured = [row for row in ROWS if row.key in rows]
+    print_table([heads] + [line(row, rows[row.key]) for row in measured])
+    print("\nFloors, in the same run: " + "; ".join(f"{row.key}: {row.floor}" for row in measured if row.floor))
     print_beside(rows)
     missing = [row.key for row in ROWS if row.key not in rows]
     if missing:
-        print(f"\nno data for {', '.join(missing)}", file=sys.stderr)
+        print(f"\nnot measured: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
 
 

@@ -372,7 +372,8 @@ def target_bench(arguments: list[str]) -> int:
     python = environment("bench", base, extra("bench"), build_wheel())
     out = ROOT / "benchmarks" / "results.json"
     suite = Suite("benchmarks", python, deadline_s=3600, processes=1)
-    result = run_pytest(suite, "benchmarks", f"--benchmark-json={out}", "-s", *arguments)
+    chosen = arguments if any(map(is_path, arguments)) else ["benchmarks", *arguments]
+    result = run_pytest(suite, f"--benchmark-json={out}", "-s", *chosen)
     if out.exists():
         run(python, "-P", ROOT / "benchmarks" / "report.py", out, cwd=Path(tempfile.gettempdir()))
     return result.code
