@@ -459,6 +459,10 @@ TARGETS = {
 
 
 def main() -> int:
+    # A shell has what it puts into the background ignore these, which tests send.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         raise SystemExit(f"usage: python tools/dev.py {'|'.join(TARGETS)} [arguments]")
     return TARGETS[sys.argv[1]](sys.argv[2:])
