@@ -426,20 +426,19 @@ cdef uint64_t stream_run(Image_t *m, Span *p, uint64_t k) noexcept nogil:
     stop = k
     while stop < p.blocks and stop < k + STREAM_BLOCKS and u8_load(&m.state[p.first + stop]) == UNSAVED:
         stop += 1
-    if stop > k:
-        stream_blocks(m, p, k, stop)
-    return stop
+    return stream_blocks(m, p, k, stop)
 
 
-cdef void stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
-    """Claims, writes and lets go (or keeps protected) blocks [k, stop), those that are unsaved still. A writer does not
-    wait for the file: what it wants of them is copied aside, and written again after this."""
+cdef uint64_t stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
+    """Claims, writes and lets go (or keeps protected) blocks [k, stop), up to the first that is not unsaved any more;
+    which that is. A writer does not wait for the file: what it wants of them is copied aside, and written again after
+    this."""
     cdef uint64_t n = 0, run
     while k + n < stop and n < STREAM_BLOCKS and u8_cas(&m.state[p.first + k + n], UNSAVED, WRITTEN):
         n += 1
-    if n == 0:
-        return
     stop = k + n
+    if n == 0:
+        return stop
     write_blocks(m, p, k, stop, <const char *>save_start(p, k))
     while k < stop:
         run = k
@@ -449,6 +448,7 @@ cdef void stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept
             written_run(m, p, run, k)
         else:
             k += 1
+    return stop
 
 
 cdef void written_run(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
