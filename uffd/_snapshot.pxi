@@ -311,6 +311,8 @@ cdef bint save_aside(Image_t *m, Span *p, uint64_t k, uint32_t most) noexcept no
         image_ring(m)
         return is_unsaved(u8_load(&m.state[p.first + k]))
     u64_add(&m.copied_bytes, save_end(p, k + n - 1) - save_start(p, k))
+    if err != 0:
+        image_fail(m, err, True)            # before it counts as saved: the streamer may be done with all others
     for i in range(n):
         save_publish(m, p, k + i, LIFTED)
     lift_span(m, save_start(p, k), save_end(p, k + n - 1))
@@ -319,8 +321,6 @@ cdef bint save_aside(Image_t *m, Span *p, uint64_t k, uint32_t most) noexcept no
         m.aside[slot[i]].block = k + i
         u32_store(&m.aside[slot[i]].state, ASIDE_FULL)
     image_ring(m)
-    if err != 0:
-        image_fail(m, err, True)
     return True
 
 
