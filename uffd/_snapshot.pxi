@@ -306,8 +306,8 @@ cdef bint save_aside(Image_t *m, Span *p, uint64_t k, uint32_t most) noexcept no
         n += 1
     if n == 0:
         u64_add(&m.waits, 1)
-        u32_store_seq(&m.wanted, 1)
         u8_cas(&m.mine[p.first + k], 0, 2)  # asked for
+        u32_store_seq(&m.wanted, 1)         # after it: who finds this takes it back before it looks for those
         image_ring(m)
         return is_unsaved(u8_load(&m.state[p.first + k]))
     u64_add(&m.copied_bytes, save_end(p, k + n - 1) - save_start(p, k))
