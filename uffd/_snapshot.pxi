@@ -230,13 +230,19 @@ cdef void *snapshot_main(void *argument) noexcept nogil:
 
 
 cdef void gate_enter(Image_t *m) noexcept nogil:
-    """Dekker with image_start, which closes the gate and waits until nobody is inside."""
+    """Dekker with gate_close, which waits until nobody is inside."""
     while True:
         u32_add_seq(&m.inside, 1)
         if u32_load_seq(&m.gate) == GATE_OPEN:
             return
         u32_sub(&m.inside, 1)
         gate_wait(m)
+
+
+cdef void gate_close(Image_t *m) noexcept nogil:
+    u32_store_seq(&m.gate, GATE_CLOSED)
+    while u32_load_seq(&m.inside):
+        sched_yield()                       # a copy of a few blocks at the most
 
 
 cdef void gate_wait(Image_t *m) noexcept nogil:
