@@ -320,7 +320,7 @@ rule = shim.Rule("POISON", 1, 0)
 with migrate.connect(url, {"a": a}, release=True) as outgoing:
     outgoing.switchover()
     report = outgoing.wait(20)
-assert rule.calls == report.blocks.released > 1, (rule.calls, report)
+assert 1 < rule.calls <= N // 65536, rule.calls
 assert ended(pid) == 0
 """, preload=shim.path())
 
