@@ -410,7 +410,8 @@ static inline int map_unshare(char *start, uint64_t len)
 
 /* Whether something is there of each of these pages of private memory: in memory, or swapped out, of which mincore
  * knows only as long as it is in the swap cache. Keeps no descriptor, so that a forked child asks for its own memory.
- * Where /proc can't be had, a page that is swapped out counts as not there. Async-signal-safe. */
+ * Where /proc can't be had, a page that is swapped out counts as not there. A marker (poison, a guard, a protected
+ * hole: regions have none of these where data should be) looks swapped out and counts as there. Async-signal-safe. */
 static inline int pages_there(const char *start, uint64_t len, uint64_t page)
 {
     enum { MOST = 64 };
