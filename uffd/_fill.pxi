@@ -188,7 +188,7 @@ cdef void wait_for_word(Region_t *r, uint64_t b, uint32_t word, uint64_t timeout
 cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint write, uint32_t cause,
                         uint32_t from_state) noexcept nogil:
     """Claims blocks from b on, at most `most` and what fits the slot's buffer; how many it got. The slot owns them."""
-    cdef uint32_t limit = <uint32_t>(RUN_BYTES >> r.shift)
+    cdef uint32_t limit = <uint32_t>((HUGE_BYTES if s.huge else RUN_BYTES) >> r.shift)
     cdef uint32_t n = 0, room = 0
     if limit > MAX_RUN:
         limit = MAX_RUN
@@ -202,6 +202,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         limit = <uint32_t>(r.blocks - b)
     s.no_room = 0
     s.recycled = 0
+    s.huge_moved = 0
     if r.part != NULL and (from_state == MISSING or from_state == POISONED):
         limit = wire_spare(s, r, b, limit)
         if limit == 0:

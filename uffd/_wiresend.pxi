@@ -6,12 +6,13 @@
 # `todo` has a bit per block that is to be sent; who clears it sends it.
 
 cdef enum:
-    PUSH_BYTES = 256 * 1024         # of one frame of the push
-    FRAMES = 1024                   # under way at most; a power of two
-    PUSH_FRAMES = 128               # more than PUSH_BYTES can be cut into, zeros and others in turn
+    PUSH_BYTES = 256 * 1024         # of one frame of the push, where it is not all of a huge page
+    FRAMES = 2048                   # under way at most; a power of two
+    PUSH_FRAMES = 512               # that a run of WIRE_RUN is cut into, small blocks that are zeros and others in turn
     DROP_ROUNDS = 10                # in which the destination drops what was written, before writers are stopped
     FEW = 16                        # blocks dirtied in one of them: there will hardly be fewer
     SLOW = 250 * 1000 * 1000        # bytes per second: below, a whole frame is too much to lie before an answer
+    FAST = 500 * 1000 * 1000        # from here on a huge page is not
     WINDOW_BYTES = 32 << 20         # under way at most
 cdef uint64_t QUEUE_NS = 1000000    # so much of the push may lie in the network before a request's answer
 cdef uint64_t TRIP_NS = 10 * SECOND_NS      # after that the way may be another one
@@ -38,6 +39,7 @@ cdef int emit(Wire_t *w, int fd, uint32_t kind, uint32_t part, uint64_t b, uint3
         return err
     frame_begins(w, part, b, n, sizeof(wire_head) + nbytes)
     rate = wire_rate(fd, QUEUE_NS / 2, &fair) if nbytes else 0
+    w.flow = rate if nbytes else w.flow
     if 0 < rate < SLOW:
         err = wire_send_thin(fd, &head, data, nbytes, WIRE_SILENCE_MS, rate, u64_max(fair, 32 << 10))
     else:
@@ -174,8 +176,13 @@ cdef bint push_full(Wire_t *w) noexcept nogil:
 
 
 cdef inline uint64_t push_bytes(Wire_t *w) noexcept nogil:
-    """Of one frame, where a block is not larger."""
-    return u64_min(PUSH_BYTES, w.window / 4)
+    """Of one frame, where a block is not larger; a power of two. A huge page, which the destination can place as one,
+    where that does not take long."""
+    cdef uint64_t most = u64_min(PUSH_BYTES, w.window / 4)
+    if w.window >= HUGE_BYTES / 2 and (w.flow == 0 or w.flow >= FAST) and not w.packs and \
+            u32_load(&w.phase) == PH_POSTCOPY:
+        return HUGE_BYTES
+    return <uint64_t>1 << u64_log2(most)
 
 
 cdef void send_again(Wire_t *w) noexcept nogil:
@@ -250,7 +257,8 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noex
         pace(w)
         return 0
     first = b
-    most = <uint32_t>u64_max((u64_min(push_bytes(w), rate / 64) if rate else push_bytes(w)) >> p.shift, 1)
+    most = <uint32_t>u64_max((u64_min(push_bytes(w), <uint64_t>1 << u64_log2(rate / 64)) if rate else push_bytes(w)) >> p.shift, 1)
+    most -= b & (most - 1)                  # frames lie alike at both ends, as huge pages do
     if p.region_id == 0 and not p.whole and (b == 0 or b == p.blocks - 1):
         most = 1                            # a block at an end may be sent from elsewhere
     while n < most and b < p.blocks and (n == 0 or p.region_id or p.whole or b < p.blocks - 1) and \
