@@ -96,3 +96,46 @@ with migrate.connect(url, {"a": filled(N)}) as outgoing:
     outgoing.wait(30)
 assert ended(pid) == 0
 """, deadline_s=40)
+
+
+def test_blocks_beside_one_that_fails_are_their_own():
+    """Goal: of a run that can't be placed as a whole, since the program has unmapped a page of it, the other blocks
+    have their own bytes, once and for all: what the program writes there stays when the connection is taken up again.
+    Method: blocks of a page, four of which come in one frame at least, as
+    they lie; the first of four is unmapped."""
+    script("""
+N, B = 8 << 20, PAGE
+right = filled(N).reshape(-1, B // 8)
+def destination(incoming):
+    arrival = incoming.accept(30)
+    a = arrival.arrays["a"]
+    blocks = a.reshape(-1, B // 8)
+    LIBC = ctypes.CDLL(None, use_errno=True)
+    LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    assert LIBC.munmap(a.ctypes.data + 400 * B, B) == 0
+    os.write(tell, b"u")
+    status_is(arrival, "PAUSED")
+    assert (blocks[401:404] == right[401:404]).all()
+    blocks[401:404] = -1
+    os.write(tell, b"w")
+    assert os.read(goes, 1) == b"g"
+    assert (blocks[401:404] == -1).all()
+    os._exit(0)
+told, tell = os.pipe()
+goes, go = os.pipe()
+pid, url = start(destination)
+os.close(tell)                                  # so that its end is seen
+region = uffd.Region(N, providers.Zero(), mode="c", block_bytes=B)
+a = region.array(np.int64)
+a[:] = filled(N)
+outgoing = migrate.connect(url, {"a": a}, postcopy_bytes_per_s=1e5)
+outgoing.switchover()
+assert os.read(told, 1) == b"u"
+outgoing._wire.limit(0, 0)
+assert os.read(told, 1) == b"w"
+outgoing.recover()
+status_is(outgoing, "PAUSED")                   # what is unmapped came again, and failed again
+os.write(go, b"g")
+assert ended(pid) == 0
+os._exit(0)
+""", deadline_s=60)

@@ -346,7 +346,7 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
     cdef int err
     if s.offered != NULL and s.recycled:
-        memcpy(target, s.offered, span)     # a migration's; its buffer is whole pages
+        memcpy(target, offered_at(s, r, offset), span)      # a migration's; its buffer is whole pages
         source[0] = target
         return 0
     if s.offered != NULL:
@@ -390,6 +390,11 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     return 0
 
 
+cdef inline const char *offered_at(Slot *s, Region_t *r, uint64_t offset) noexcept nogil:
+    """Of the run's offered bytes those of the block at `offset`: a run that fails is tried again block by block."""
+    return s.offered + (offset - (s.first << r.shift))
+
+
 cdef int obtain_hosted(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const char **source) noexcept nogil:
     """The same from a provider in another process: asked for here, or offered by it."""
     cdef uint64_t tail = page_round(nbytes) - nbytes
@@ -400,9 +405,9 @@ cdef int obtain_hosted(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, c
     elif r.minor:
         err = -errno if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>nbytes) != 0 else 0
         if err == 0:
-            memcpy(target, s.offered, nbytes)
+            memcpy(target, offered_at(s, r, offset), nbytes)
     else:
-        source[0] = s.offered
+        source[0] = offered_at(s, r, offset)
         return 0
     if err == 0 and tail:
         memset(target + nbytes, 0, tail)

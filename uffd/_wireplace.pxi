@@ -211,14 +211,21 @@ cdef int place_run_of(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint32_t mo
         placed[0] = got
         if l != NULL:
             landing_used(l, s.huge_moved)
-        for i in range(got if err == 0 else 0):
-            part_clear(r, p, b + i)
+        for i in range(got):
+            if err == 0 or is_placed(r, b + i):
+                part_clear(r, p, b + i)
     elif u32_load(&r.state[b]) & STATE_MASK != MISSING:
         overwrite(r, b, bytes, False)       # it was not thought to be there, and is: of a round that was cut off
         part_clear(r, p, b)
     s.huge = 0
     wire_return(r.engine, s)
     return err
+
+
+cdef inline bint is_placed(Region_t *r, uint64_t b) noexcept nogil:
+    """Of a run of which some blocks failed: whether this one did not. It is the program's from there on."""
+    cdef uint32_t word = u32_load(&r.state[b])
+    return word & SPILLED != 0 or word & STATE_MASK != MISSING and word & STATE_MASK != POISONED
 
 
 cdef int place_bad(Wire_t *w, Part_t *p, Region_t *r, uint64_t b) noexcept nogil:
