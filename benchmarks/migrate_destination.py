@@ -1,4 +1,5 @@
-"""A destination for bench_migrate.py, a process of its own: `URL what warm`. It says where it listens, then what it saw.
+"""A destination for bench_migrate.py, a process of its own: `URL what warm`. It says where it listens, then what it
+saw.
 
 what: "idle" waits for all; "busy" adds up pieces of the array meanwhile; "touch" reads random blocks, one at a time.
 warm: so many bytes of free memory are touched before, in huge pages: what lay idle is slow to touch again.

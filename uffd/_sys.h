@@ -169,13 +169,6 @@ static inline int u64_log2(uint64_t v) { return v ? 63 - __builtin_clzll(v) : 0;
 
 /* ---- time, threads, futex ------------------------------------------------------------------------------------- */
 
-static inline uint64_t thread_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static inline uint64_t now_ns(void)
 {
     struct timespec t;
@@ -418,28 +411,6 @@ static inline char *map_aligned(uint64_t len, uint64_t unit, int protection)
         return NULL;
     }
     return p;
-}
-
-/* Room for a huge page, which a forked child does not have: it would share it, and then it can't be moved. */
-static inline char *map_huge(uint64_t len)
-{
-    char *p = map_aligned(len, len, PROT_READ | PROT_WRITE);
-    if (p && (madvise(p, len, MADV_HUGEPAGE) || madvise(p, len, MADV_DONTFORK))) {
-        munmap(p, len);
-        p = NULL;
-    }
-    return p;
-}
-
-/* Has a huge page put into such a room, which is empty. 0: the kernel has none, and the room stays empty. */
-static inline int map_fill_huge(char *p, uint64_t len)
-{
-    unsigned char last = 0;
-    *(volatile char *)p = 0;
-    if (mincore(p + len - 4096, 4096, &last) == 0 && last & 1)
-        return 1;
-    madvise(p, len, MADV_DONTNEED);
-    return 0;
 }
 
 /* Puts inaccessible address space in the place of a mapping, in one step: who waits in a fault there gets SIGSEGV

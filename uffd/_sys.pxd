@@ -50,7 +50,6 @@ cdef extern from "_sys.h" nogil:
     int u64_log2(uint64_t v) noexcept
     int u64_count(uint64_t v) noexcept
     uint64_t now_ns() noexcept
-    uint64_t thread_ns() noexcept
     uint64_t real_ns() noexcept
     int getpid() noexcept
     void futex_wait(uint32_t *word, uint32_t value, uint64_t timeout_ns) noexcept
@@ -96,8 +95,6 @@ cdef extern from "_sys.h" nogil:
 
     char *map_lazy(uint64_t len, int protection, int fd) noexcept
     char *map_aligned(uint64_t len, uint64_t unit, int protection) noexcept
-    char *map_huge(uint64_t len) noexcept
-    bint map_fill_huge(char *p, uint64_t len) noexcept
     int map_forbid(char *start, uint64_t len) noexcept
     int map_unshare(char *start, uint64_t len) noexcept
     int file_write_out(int fd) noexcept

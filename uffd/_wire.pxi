@@ -25,6 +25,8 @@ cdef extern from "_wire.h" nogil:
                        uint64_t fair) noexcept
     int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms) noexcept
     bint wire_is_zero(const char *p, size_t n) noexcept
+    char *huge_room(uint64_t len) noexcept
+    bint huge_fill(char *p, uint64_t len, uint64_t page, uint64_t *took_ns) noexcept
     int wire_shutdown(int fd) noexcept
     char *wire_disarm(char *start, uint64_t len) noexcept
     int wire_take_pair(int fd, char *name, int *pair, int timeout_ms) noexcept

@@ -25,8 +25,8 @@ cdef bint landing_make(Wire_t *w, Landing *l, bint moves) noexcept nogil:
     memset(l, 0, sizeof(Landing))
     l.bytes = map_lazy(WIRE_BUFFER, PROT_READ | PROT_WRITE, -1)
     l.codec = codec_make(CODEC_DECODES) if w.packs else NULL
-    if moves and PAGE == 4096 and has(UF_FEATURE_MOVE):
-        l.huge = map_huge(HUGE_BYTES)
+    if moves and PAGE / 8 * PAGE == HUGE_BYTES and has(UF_FEATURE_MOVE):
+        l.huge = huge_room(HUGE_BYTES)
     return l.bytes != NULL
 
 
@@ -41,21 +41,18 @@ cdef void landing_free(Wire_t *w, Landing *l) noexcept nogil:
 cdef bint landing_ready(Landing *l) noexcept nogil:
     """Whether an empty huge page is there, or can be had at once. What it takes the kernel to find and to clear one is
     looked at: where it is much, the next frames do without."""
-    cdef uint64_t before
-    cdef bint got
+    cdef uint64_t took_ns = 0
     if l.huge == NULL or l.ready:
         return l.ready
     if l.skip:
         l.skip -= 1
         return False
-    before = thread_ns()
-    got = map_fill_huge(l.huge, HUGE_BYTES)
-    if got and thread_ns() - before < HUGE_SLOW_NS:
+    l.ready = huge_fill(l.huge, HUGE_BYTES, PAGE, &took_ns)
+    if l.ready and took_ns < HUGE_SLOW_NS:
         l.skip_next = 0
     else:
         landing_skip(l)
-    l.ready = got
-    return got
+    return l.ready
 
 
 cdef void landing_skip(Landing *l) noexcept nogil:
@@ -214,6 +211,8 @@ cdef int place_run_of(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint32_t mo
         for i in range(got):
             if err == 0 or is_placed(r, b + i):
                 part_clear(r, p, b + i)
+    elif u32_load(&r.state[b]) & STATE_MASK != MISSING and u32_load(&w.phase) == PH_POSTCOPY:
+        u64_add(&w.blocks[M_DOUBLED], 1)    # the other connection's thread has placed it this moment
     elif u32_load(&r.state[b]) & STATE_MASK != MISSING:
         overwrite(r, b, bytes, False)       # it was not thought to be there, and is: of a round that was cut off
         part_clear(r, p, b)

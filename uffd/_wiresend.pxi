@@ -99,17 +99,22 @@ cdef int send_blocks(Wire_t *w, int fd, uint32_t i, uint64_t b, uint32_t n, char
         while at + k < n and zero == wire_is_zero(data + (<uint64_t>(at + k) << p.shift),
                                                   part_bytes(p, b + at + k, 1)):
             k += 1
+        sent_count(w, p, M_ZERO if zero else kind, b + at, k, 1)    # before it can be the last one, and all be over
         if zero:
             err = emit(w, fd, W_ZEROS, i, b + at, k, NULL, 0)
         else:
             err = emit_data(w, fd, i, b + at, k, data + (<uint64_t>at << p.shift), part_bytes(p, b + at, k),
                             buffer + MAX_BLOCK_BYTES + WIRE_RUN, codec)
         if err != 0:
+            sent_count(w, p, M_ZERO if zero else kind, b + at, k, <uint64_t>-1)
             return err
-        u64_add(&w.blocks[M_ZERO if zero else kind], k)
-        u64_add(&w.bytes[M_ZERO if zero else kind], part_bytes(p, b + at, k))
         at += k
     return 0
+
+
+cdef inline void sent_count(Wire_t *w, Part_t *p, int kind, uint64_t b, uint64_t n, uint64_t sign) noexcept nogil:
+    u64_add(&w.blocks[kind], sign * n)
+    u64_add(&w.bytes[kind], sign * part_bytes(p, b, n))
 
 
 cdef void *push_main(void *argument) noexcept nogil:
@@ -167,19 +172,22 @@ cdef int push_all(Wire_t *w, uint32_t epoch, int fd, char *buffer, void *codec) 
 
 cdef bint push_full(Wire_t *w) noexcept nogil:
     """Whether enough is under way. Two frames always may be, so that the connection does not lie idle."""
-    cdef uint64_t frames = w.sent_frames - w.handed
+    cdef uint64_t frames = w.sent_frames - w.handed, most
     if frames and now_ns() > w.trip_until_ns:
         return True                         # the next one is to travel alone, and its time is measured
     if frames >= FRAMES - PUSH_FRAMES:
         return True
-    return frames >= 2 and w.sent - w.acked + u64_max(push_bytes(w), <uint64_t>1 << w.part[w.at_part].shift) > w.window
+    most = u64_max(push_bytes(w, 0), <uint64_t>1 << w.part[w.at_part].shift)
+    return frames >= 2 and w.sent - w.acked + most > w.window
 
 
-cdef inline uint64_t push_bytes(Wire_t *w) noexcept nogil:
-    """Of one frame, where a block is not larger; a power of two. A huge page, which the destination can place as one,
-    where that does not take long."""
+cdef inline uint64_t push_bytes(Wire_t *w, uint64_t rate) noexcept nogil:
+    """Of one frame, where a block is not larger; a power of two. All of a huge page, which the destination can place as
+    one, where that does not take long. rate: a limit in bytes per second, or 0."""
     cdef uint64_t most = u64_min(PUSH_BYTES, w.window / 4)
-    if w.window >= HUGE_BYTES / 2 and (w.flow == 0 or w.flow >= FAST) and not w.packs and \
+    if rate:
+        most = u64_min(most, u64_max(rate / 64, 1))
+    elif w.window >= HUGE_BYTES / 2 and (w.flow == 0 or w.flow >= FAST) and not w.packs and \
             u32_load(&w.phase) == PH_POSTCOPY:
         return HUGE_BYTES
     return <uint64_t>1 << u64_log2(most)
@@ -257,7 +265,7 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noex
         pace(w)
         return 0
     first = b
-    most = <uint32_t>u64_max((u64_min(push_bytes(w), <uint64_t>1 << u64_log2(rate / 64)) if rate else push_bytes(w)) >> p.shift, 1)
+    most = <uint32_t>u64_max(push_bytes(w, rate) >> p.shift, 1)
     most -= b & (most - 1)                  # frames lie alike at both ends, as huge pages do
     if p.region_id == 0 and not p.whole and (b == 0 or b == p.blocks - 1):
         most = 1                            # a block at an end may be sent from elsewhere
