@@ -1,9 +1,12 @@
-"""A destination for bench_migrate.py, a process of its own: `URL what`. It says where it listens, then what it saw.
+"""A destination for bench_migrate.py, a process of its own: `URL what warm`. It says where it listens, then what it
+saw.
 
 what: "idle" waits for all; "busy" adds up pieces of the array meanwhile; "touch" reads random blocks, one at a time.
+warm: so many bytes of free memory are touched before, in huge pages: what lay idle is slow to touch again.
 """
 
 import json
+import mmap
 import sys
 import time
 
@@ -33,7 +36,17 @@ def touch(array, arrival):
     return {"waits": waits}
 
 
-url, what = sys.argv[1:]
+def touch_free(nbytes):
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as scratch:
+        scratch.madvise(mmap.MADV_HUGEPAGE)
+        view = np.frombuffer(scratch, dtype=np.uint8)
+        view[::mmap.PAGESIZE] = 1
+        del view
+
+
+url, what, warm = sys.argv[1:]
+if int(warm):
+    touch_free(int(warm))
 rng = np.random.default_rng(7)
 with uffd.migrate.listen(url, engine=uffd.Engine(budget_bytes=None)) as incoming:
     print(incoming.url, flush=True)

@@ -96,6 +96,7 @@ ROWS = (
     Row("migrate-downtime-256", "downtime of 256 MiB that a thread writes at full speed, after two rounds", "ms",
         "number", 5.0, True),
     Row("migrate-downtime-2048", "the same of 2 GiB", "ms", "number", 5.0, True),
+    Row("migrate-downtime-8192", "the same of 8 GiB", "ms", "number", 5.0, True),
     Row("migrate-request-p50", "a requested block while the push fills the link (median)", "us", "time", 3.0, True,
         "the same with an idle link"),
     Row("migrate-request-p99", "the same, p99", "ms", "number", 5.0, True),

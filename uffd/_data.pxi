@@ -289,7 +289,9 @@ cdef struct Slot:               # what one thread needs to fill: a worker's own,
     uint64_t reviewed           # `served` at the last review of placement
     Job_t *job                    # whose piece the run is, or NULL
     Carrier *carrier            # of a slot that belongs to a request, else NULL
-    const char *offered         # the run's bytes, which its provider offered unasked; else NULL
+    const char *offered         # the run's bytes, which its provider offered unasked, or a migration brought; else NULL
+    uint32_t huge               # those are a huge page, which may be moved to its place if the run is all of it
+    uint64_t huge_moved         # so many bytes of it were
     uint32_t refused            # not to be taken: the block has others
     uint32_t no_room            # begin_run got nothing because the budget has no room
     uint32_t recycled           # the run's buffer: this many slots of the pool, from recycled_at on
@@ -467,6 +469,7 @@ cdef uint64_t SLICE_NS = 100000000          # of a wait that Python code waits f
 cdef uint64_t PAGE = <uint64_t>sysconf(_SC_PAGESIZE)
 cdef enum:
     RUN_BYTES = 512 * 1024      # of one fill: staging that stays in the second-level cache
+    HUGE_BYTES = 2 << 20        # of a huge page, where pages have 4 KiB
     PIECE_BYTES = 512 * 1024    # of read-ahead and prefetch between two looks for demand
     MAX_BLOCK_BYTES = 16 << 20
     STAND_IN_MS = 50            # a stand-in is not woken for work, it looks; so its descriptors can go with it

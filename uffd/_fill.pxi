@@ -188,7 +188,7 @@ cdef void wait_for_word(Region_t *r, uint64_t b, uint32_t word, uint64_t timeout
 cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint write, uint32_t cause,
                         uint32_t from_state) noexcept nogil:
     """Claims blocks from b on, at most `most` and what fits the slot's buffer; how many it got. The slot owns them."""
-    cdef uint32_t limit = <uint32_t>(RUN_BYTES >> r.shift)
+    cdef uint32_t limit = <uint32_t>((HUGE_BYTES if s.huge else RUN_BYTES) >> r.shift)
     cdef uint32_t n = 0, room = 0
     if limit > MAX_RUN:
         limit = MAX_RUN
@@ -202,6 +202,7 @@ cdef uint32_t begin_run(Slot *s, Region_t *r, uint64_t b, uint32_t most, bint wr
         limit = <uint32_t>(r.blocks - b)
     s.no_room = 0
     s.recycled = 0
+    s.huge_moved = 0
     if r.part != NULL and (from_state == MISSING or from_state == POISONED):
         limit = wire_spare(s, r, b, limit)
         if limit == 0:
@@ -345,7 +346,7 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     cdef char *target = recycled_buffer(s, r) if s.recycled else s.staging
     cdef int err
     if s.offered != NULL and s.recycled:
-        memcpy(target, s.offered, span)     # a migration's; its buffer is whole pages
+        memcpy(target, offered_at(s, r, offset), span)      # a migration's; its buffer is whole pages
         source[0] = target
         return 0
     if s.offered != NULL:
@@ -389,6 +390,11 @@ cdef int obtain(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const ch
     return 0
 
 
+cdef inline const char *offered_at(Slot *s, Region_t *r, uint64_t offset) noexcept nogil:
+    """Of the run's offered bytes those of the block at `offset`: a run that fails is tried again block by block."""
+    return s.offered + (offset - (s.first << r.shift))
+
+
 cdef int obtain_hosted(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, const char **source) noexcept nogil:
     """The same from a provider in another process: asked for here, or offered by it."""
     cdef uint64_t tail = page_round(nbytes) - nbytes
@@ -399,9 +405,9 @@ cdef int obtain_hosted(Slot *s, Region_t *r, uint64_t offset, uint64_t nbytes, c
     elif r.minor:
         err = -errno if fallocate(r.memfd, 0, <int64_t>offset, <int64_t>nbytes) != 0 else 0
         if err == 0:
-            memcpy(target, s.offered, nbytes)
+            memcpy(target, offered_at(s, r, offset), nbytes)
     else:
-        source[0] = s.offered
+        source[0] = offered_at(s, r, offset)
         return 0
     if err == 0 and tail:
         memset(target + nbytes, 0, tail)

@@ -154,7 +154,10 @@ cdef int region_map(Region_t *r) noexcept nogil:
         r.alias = map_lazy(r.span, PROT_READ | PROT_WRITE, r.memfd)
         if r.alias == NULL:
             return -ENOMEM
-    r.base = map_lazy(r.span, protection, r.memfd)
+    if shared or r.span < HUGE_BYTES:
+        r.base = map_lazy(r.span, protection, r.memfd)
+    else:
+        r.base = map_aligned(r.span, HUGE_BYTES, protection)
     if r.base == NULL:
         return -ENOMEM
     if pages_there(r.base, PAGE, PAGE) and not shared:

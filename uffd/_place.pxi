@@ -1,6 +1,6 @@
 # Pages are put in place: one ioctl for a run, and more where the kernel stops half way.
 #
-# Uses:     watched_run and mark_pages of _track.pxi; place_recycled of _room.pxi
+# Uses:     watched_run and mark_pages of _track.pxi; place_recycled, move_pages of _room.pxi
 # Provides: place (a run that was filled), place_run (one kind of ioctl over a range), place_around (only the pages that
 #           a block lacks)
 
@@ -18,6 +18,8 @@ cdef int place(Slot *s, Region_t *r, uint64_t offset, uint64_t span, const char 
         err = place_run(r, OP_CONTINUE, start, 0, span, UF_CONTINUE_WP if protect else 0)
     elif source == NULL:
         err = place_run(r, OP_ZEROPAGE, start, 0, span, 0)
+    elif s.huge and span == HUGE_BYTES and not protect:
+        err = place_huge(s, r, start, <uint64_t>source)
     else:
         err = place_run(r, OP_COPY, start, <uint64_t>source, span, UF_COPY_WP if protect else 0)
     if err > 0 and watched:
@@ -26,6 +28,14 @@ cdef int place(Slot *s, Region_t *r, uint64_t offset, uint64_t span, const char 
     elif err > 0 and protect:
         uf_writeprotect(r.fd, start, span, 0)
     return err
+
+
+cdef int place_huge(Slot *s, Region_t *r, uint64_t start, uint64_t source) noexcept nogil:
+    """Moves a huge page in; what can't be moved of it is copied. As `place`."""
+    move_pages(r.fd, start, source, HUGE_BYTES, 0, &s.huge_moved)
+    if s.huge_moved == HUGE_BYTES:
+        return 0
+    return place_run(r, OP_COPY, start + s.huge_moved, source + s.huge_moved, HUGE_BYTES - s.huge_moved, 0)
 
 
 cdef int place_run(Region_t *r, int op, uint64_t start, uint64_t source, uint64_t len, uint64_t mode) noexcept nogil:

@@ -393,6 +393,27 @@ static inline char *map_lazy(uint64_t len, int protection, int fd)
     return p;
 }
 
+/* The same of private memory, at a multiple of `unit`, a power of two of pages. */
+static inline char *map_aligned(uint64_t len, uint64_t unit, int protection)
+{
+    char *room = map_lazy(len + unit, PROT_NONE, -1), *p;
+    uint64_t before;
+    if (room == NULL)
+        return NULL;
+    before = -(uint64_t)(uintptr_t)room & (unit - 1);
+    p = room + before;
+    if (before)
+        munmap(room, before);
+    munmap(p + len, unit - before);
+    if (mprotect(p, len, protection)) {
+        int saved = errno;
+        munmap(p, len);
+        errno = saved;
+        return NULL;
+    }
+    return p;
+}
+
 /* Puts inaccessible address space in the place of a mapping, in one step: who waits in a fault there gets SIGSEGV
  * when the userfaultfd closes, and not the zeros that an unregistered range would give. */
 static inline int map_forbid(char *start, uint64_t len)

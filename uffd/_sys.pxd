@@ -94,6 +94,7 @@ cdef extern from "_sys.h" nogil:
     int uf_read(int fd, uf_msg *messages, int most) noexcept
 
     char *map_lazy(uint64_t len, int protection, int fd) noexcept
+    char *map_aligned(uint64_t len, uint64_t unit, int protection) noexcept
     int map_forbid(char *start, uint64_t len) noexcept
     int map_unshare(char *start, uint64_t len) noexcept
     int file_write_out(int fd, const uint8_t *over) noexcept

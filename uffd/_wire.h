@@ -16,7 +16,10 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
+
+#include "_sys.h"
 
 /* The head of every frame of the core, in the byte order of both ends (which they compare before). */
 struct wire_head {
@@ -207,6 +210,34 @@ static inline char *wire_disarm(char *start, uint64_t len)
         munmap(room, (size_t)(to - room));
     munmap(to + len, unit - (uint64_t)(to - room));
     return to;
+}
+
+/* Room for a huge page, which a forked child does not get: it would share it, and then it can't be moved. NULL: none is
+   to be had. */
+static inline char *huge_room(uint64_t len)
+{
+    char *p = map_aligned(len, len, PROT_READ | PROT_WRITE);
+    if (p && (madvise(p, len, MADV_HUGEPAGE) || madvise(p, len, MADV_DONTFORK))) {
+        munmap(p, len);
+        p = NULL;
+    }
+    return p;
+}
+
+/* Has the kernel put one into such a room, which is empty, and measures what that takes of the thread's time. 0: it has
+   none, and the room stays empty. */
+static inline int huge_fill(char *p, uint64_t len, uint64_t page, uint64_t *took_ns)
+{
+    struct timespec before, after;
+    unsigned char last = 0;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &before);
+    *(volatile char *)p = 0;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &after);
+    *took_ns = (uint64_t)((after.tv_sec - before.tv_sec) * 1000000000 + after.tv_nsec - before.tv_nsec);
+    if (mincore(p + len - page, page, &last) == 0 && last & 1)
+        return 1;
+    madvise(p, len, MADV_DONTNEED);
+    return 0;
 }
 
 static inline int wire_shutdown(int fd)

@@ -25,6 +25,8 @@ cdef extern from "_wire.h" nogil:
                        uint64_t fair) noexcept
     int wire_receive(int fd, void *buffer, size_t nbytes, size_t *got, int timeout_ms) noexcept
     bint wire_is_zero(const char *p, size_t n) noexcept
+    char *huge_room(uint64_t len) noexcept
+    bint huge_fill(char *p, uint64_t len, uint64_t page, uint64_t *took_ns) noexcept
     int wire_shutdown(int fd) noexcept
     char *wire_disarm(char *start, uint64_t len) noexcept
     int wire_take_pair(int fd, char *name, int *pair, int timeout_ms) noexcept
@@ -34,7 +36,8 @@ cdef extern from "_wire.h" nogil:
 
 cdef enum:
     WIRE_PARTS = 1 << 12             # arrays of one migration
-    WIRE_RUN = 512 * 1024           # bytes of one frame, where a block is not larger
+    WIRE_RUN = HUGE_BYTES           # bytes of one frame, where a block is not larger
+    WIRE_PIECE = 256 * 1024         # of it that are received and placed at once, where they are copied
     WIRE_BUFFER = 2 * (MAX_BLOCK_BYTES + WIRE_RUN)      # of a thread: a frame's blocks, and behind them compressed ones
     WIRE_STATE = 64 << 20           # bytes of state that travel at the switchover, at the most
     WIRE_EVENTS = 512               # of the time line; later ones are not kept
@@ -156,9 +159,10 @@ cdef struct Wire_t:
     uint64_t sent_frames
     uint64_t acked
     uint64_t window                 # bytes under way at most; two frames always may be
+    uint64_t flow                   # bytes per second that the kernel measured; 0: unknown
     uint64_t trip_ns                # the least time from a frame's sending to its acknowledgement
     uint64_t trip_until_ns          # when that is measured anew, with nothing else under way
-    Frame_t ring[1024]              # frames under way, by their number
+    Frame_t ring[2048]              # frames under way, by their number
     uint32_t ready                  # answers of the destination; 2: it gave up
     uint32_t frozen                 # writers wait
     uint32_t kill                   # a writer after the hand-over ends the process, once all is handed over
@@ -304,6 +308,7 @@ cdef int wire_attach(Wire_t *w, int push_fd, int ask_fd) noexcept nogil:
     w.sent_frames = 0
     w.handed = 0
     w.window = 256 << 10
+    w.flow = 0
     w.trip_until_ns = 0
     w.epoch += 1
     w.connected = 1

@@ -6,12 +6,13 @@
 # `todo` has a bit per block that is to be sent; who clears it sends it.
 
 cdef enum:
-    PUSH_BYTES = 256 * 1024         # of one frame of the push
-    FRAMES = 1024                   # under way at most; a power of two
-    PUSH_FRAMES = 128               # more than PUSH_BYTES can be cut into, zeros and others in turn
+    PUSH_BYTES = 256 * 1024         # of one frame of the push, where it is not all of a huge page
+    FRAMES = 2048                   # under way at most; a power of two
+    PUSH_FRAMES = 512               # that a run of WIRE_RUN is cut into, small blocks that are zeros and others in turn
     DROP_ROUNDS = 10                # in which the destination drops what was written, before writers are stopped
     FEW = 16                        # blocks dirtied in one of them: there will hardly be fewer
     SLOW = 250 * 1000 * 1000        # bytes per second: below, a whole frame is too much to lie before an answer
+    FAST = 500 * 1000 * 1000        # from here on a huge page is not
     WINDOW_BYTES = 32 << 20         # under way at most
 cdef uint64_t QUEUE_NS = 1000000    # so much of the push may lie in the network before a request's answer
 cdef uint64_t TRIP_NS = 10 * SECOND_NS      # after that the way may be another one
@@ -38,6 +39,7 @@ cdef int emit(Wire_t *w, int fd, uint32_t kind, uint32_t part, uint64_t b, uint3
         return err
     frame_begins(w, part, b, n, sizeof(wire_head) + nbytes)
     rate = wire_rate(fd, QUEUE_NS / 2, &fair) if nbytes else 0
+    w.flow = rate if nbytes else w.flow
     if 0 < rate < SLOW:
         err = wire_send_thin(fd, &head, data, nbytes, WIRE_SILENCE_MS, rate, u64_max(fair, 32 << 10))
     else:
@@ -97,17 +99,22 @@ cdef int send_blocks(Wire_t *w, int fd, uint32_t i, uint64_t b, uint32_t n, char
         while at + k < n and zero == wire_is_zero(data + (<uint64_t>(at + k) << p.shift),
                                                   part_bytes(p, b + at + k, 1)):
             k += 1
+        sent_count(w, p, M_ZERO if zero else kind, b + at, k, 1)    # before it can be the last one, and all be over
         if zero:
             err = emit(w, fd, W_ZEROS, i, b + at, k, NULL, 0)
         else:
             err = emit_data(w, fd, i, b + at, k, data + (<uint64_t>at << p.shift), part_bytes(p, b + at, k),
                             buffer + MAX_BLOCK_BYTES + WIRE_RUN, codec)
         if err != 0:
+            sent_count(w, p, M_ZERO if zero else kind, b + at, k, <uint64_t>-1)
             return err
-        u64_add(&w.blocks[M_ZERO if zero else kind], k)
-        u64_add(&w.bytes[M_ZERO if zero else kind], part_bytes(p, b + at, k))
         at += k
     return 0
+
+
+cdef inline void sent_count(Wire_t *w, Part_t *p, int kind, uint64_t b, uint64_t n, uint64_t sign) noexcept nogil:
+    u64_add(&w.blocks[kind], sign * n)
+    u64_add(&w.bytes[kind], sign * part_bytes(p, b, n))
 
 
 cdef void *push_main(void *argument) noexcept nogil:
@@ -165,17 +172,25 @@ cdef int push_all(Wire_t *w, uint32_t epoch, int fd, char *buffer, void *codec) 
 
 cdef bint push_full(Wire_t *w) noexcept nogil:
     """Whether enough is under way. Two frames always may be, so that the connection does not lie idle."""
-    cdef uint64_t frames = w.sent_frames - w.handed
+    cdef uint64_t frames = w.sent_frames - w.handed, most
     if frames and now_ns() > w.trip_until_ns:
         return True                         # the next one is to travel alone, and its time is measured
     if frames >= FRAMES - PUSH_FRAMES:
         return True
-    return frames >= 2 and w.sent - w.acked + u64_max(push_bytes(w), <uint64_t>1 << w.part[w.at_part].shift) > w.window
+    most = u64_max(push_bytes(w, 0), <uint64_t>1 << w.part[w.at_part].shift)
+    return frames >= 2 and w.sent - w.acked + most > w.window
 
 
-cdef inline uint64_t push_bytes(Wire_t *w) noexcept nogil:
-    """Of one frame, where a block is not larger."""
-    return u64_min(PUSH_BYTES, w.window / 4)
+cdef inline uint64_t push_bytes(Wire_t *w, uint64_t rate) noexcept nogil:
+    """Of one frame, where a block is not larger; a power of two. All of a huge page, which the destination can place as
+    one, where that does not take long. rate: a limit in bytes per second, or 0."""
+    cdef uint64_t most = u64_min(PUSH_BYTES, w.window / 4)
+    if rate:
+        most = u64_min(most, u64_max(rate / 64, 1))
+    elif w.window >= HUGE_BYTES / 2 and (w.flow == 0 or w.flow >= FAST) and not w.packs and \
+            u32_load(&w.phase) == PH_POSTCOPY:
+        return HUGE_BYTES
+    return <uint64_t>1 << u64_log2(most)
 
 
 cdef void send_again(Wire_t *w) noexcept nogil:
@@ -250,7 +265,8 @@ cdef int push_next(Wire_t *w, int fd, char *buffer, bint late, void *codec) noex
         pace(w)
         return 0
     first = b
-    most = <uint32_t>u64_max((u64_min(push_bytes(w), rate / 64) if rate else push_bytes(w)) >> p.shift, 1)
+    most = <uint32_t>u64_max(push_bytes(w, rate) >> p.shift, 1)
+    most -= b & (most - 1)                  # frames lie alike at both ends, as huge pages do
     if p.region_id == 0 and not p.whole and (b == 0 or b == p.blocks - 1):
         most = 1                            # a block at an end may be sent from elsewhere
     while n < most and b < p.blocks and (n == 0 or p.region_id or p.whole or b < p.blocks - 1) and \

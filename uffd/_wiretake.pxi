@@ -1,7 +1,7 @@
 # Migration, the destination's side: blocks that come by a socket into regions.
 #
-# Uses:     _wire.pxi; the fills of _fill.pxi, room of _room.pxi, discard of _evict.pxi
-# Provides: wire_spare, wire_error, wire_pending (asked by fills of a region that a migration brings);
+# Uses:     _wire.pxi; _wireplace.pxi; discard of _evict.pxi
+# Provides: wire_spare, wire_error, wire_pending (asked by fills of a region that a migration brings); part_clear;
 #           receive_push_main, receive_ask_main, gate_main (its threads); give_verdict, say_paused, ask_again;
 #           wires_wait (asked by the keeper)
 
@@ -181,22 +181,20 @@ cdef void *receive_ask_main(void *argument) noexcept nogil:
 
 cdef void *receive_all(Wire_t *w, bint asks) noexcept nogil:
     """A thread of the destination: it takes frames off one of the connections, whichever they are just now."""
-    cdef char *buffer = map_lazy(WIRE_BUFFER, PROT_READ | PROT_WRITE, -1)
-    cdef void *codec = codec_make(CODEC_DECODES) if w.packs else NULL
+    cdef Landing l
     cdef uint32_t epoch = 0
     cdef int err
+    cdef bint made = landing_make(w, &l, not asks)
     while wire_enter(w, &epoch):
-        err = receive_frames(w, asks, epoch, buffer, codec) if buffer != NULL else -ENOMEM
+        err = receive_frames(w, asks, epoch, &l) if made else -ENOMEM
         wire_break(w, epoch, err)
         wire_leave(w)
-    if buffer != NULL:
-        munmap(buffer, WIRE_BUFFER)
-    codec_free(codec, CODEC_DECODES)
+    landing_free(w, &l)
     wire_thread_ends(w)
     return NULL
 
 
-cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, char *buffer, void *codec) noexcept nogil:
+cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, Landing *l) noexcept nogil:
     """Until the connection ends: -errno."""
     cdef wire_head head
     cdef int fd = w.ask_fd if asks else w.push_fd
@@ -204,9 +202,9 @@ cdef int receive_frames(Wire_t *w, bint asks, uint32_t epoch, char *buffer, void
     while err == 0:
         err = wire_take(w, fd, &head, sizeof(wire_head), epoch, False)
         if err == 0 and asks and head.kind >= W_DIRTY and head.kind != W_PACKED:
-            err = take_word(w, fd, &head, epoch, buffer)
+            err = take_word(w, fd, &head, epoch, l.bytes)
         elif err == 0:
-            err = take_blocks(w, fd, &head, epoch, buffer, asks, codec)
+            err = take_blocks(w, fd, &head, epoch, l, asks)
             if err == 0 and not asks:
                 w.handed += 1
                 if head.extra or w.handed & 3 == 0 or wire_ready(fd, <short>POLLIN, 0) != 0:
@@ -222,15 +220,12 @@ cdef int frames_placed(Wire_t *w, int fd) noexcept nogil:
     return wire_send(fd, &head, NULL, 0, WIRE_SILENCE_MS)
 
 
-cdef int take_blocks(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buffer, bint asked,
-                     void *codec) noexcept nogil:
+cdef int take_blocks(Wire_t *w, int fd, wire_head *h, uint32_t epoch, Landing *l, bint asked) noexcept nogil:
     """Blocks, zeros or the word that a block is lost. Every number is another process's: each is checked."""
     cdef Part_t *p
-    cdef Region_t *r
     cdef uint32_t phase
     cdef uint64_t want
     cdef bint packed = h.kind == W_PACKED and w.packs
-    cdef int err
     if h.kind > W_BAD and not packed or h.part >= w.nparts:
         return -EPROTO
     p = &w.part[h.part]
@@ -244,35 +239,7 @@ cdef int take_blocks(Wire_t *w, int fd, wire_head *h, uint32_t epoch, char *buff
     phase = settled_phase(w, epoch)
     if phase != PH_PRECOPY and phase != PH_POSTCOPY and phase != PH_FROZEN:
         return -EPROTO
-    err = take_bytes(w, fd, h, want, epoch, buffer, codec) if want else 0
-    if err != 0:
-        return err
-    r = region_acquire(p.region_id)
-    if r == NULL:                           # closed by the program: nobody wants them any more
-        for want in range(h.block, h.block + h.count):
-            if bit_take(p.todo, want):
-                u64_add(&w.left, <uint64_t>-1)
-        return 0
-    err = place_blocks(w, p, r, h, buffer, phase, asked)
-    region_release(r)
-    if u64_load(&w.left) == 0 and u32_load(&w.phase) == PH_POSTCOPY:
-        finish_arrival(w)
-    return err
-
-
-cdef int take_bytes(Wire_t *w, int fd, wire_head *h, uint64_t want, uint32_t epoch, char *buffer,
-                    void *codec) noexcept nogil:
-    """The bytes of a frame's blocks into the buffer, whole pages of them. 0 or -errno."""
-    cdef char *to = buffer + MAX_BLOCK_BYTES + WIRE_RUN if h.kind == W_PACKED else buffer
-    cdef int err = wire_take(w, fd, to, h.nbytes, epoch, True)
-    u64_add(&w.wired, h.nbytes)
-    if err == 0 and h.kind == W_PACKED:
-        err = codec_unpack(codec, buffer, want, to, h.nbytes)
-        h.kind = W_BLOCKS
-        h.nbytes = <uint32_t>want
-    if err == 0 and page_round(want) > want:
-        memset(buffer + want, 0, page_round(want) - want)
-    return err
+    return take_data(w, fd, h, want, epoch, l, asked) if want else take_piece(w, p, h, l, l.bytes, epoch, asked)
 
 
 cdef uint32_t settled_phase(Wire_t *w, uint32_t epoch) noexcept nogil:
@@ -282,98 +249,6 @@ cdef uint32_t settled_phase(Wire_t *w, uint32_t epoch) noexcept nogil:
         futex_wait(&w.phase, phase, SLICE_NS)
         phase = u32_load(&w.phase)
     return phase
-
-
-cdef int place_blocks(Wire_t *w, Part_t *p, Region_t *r, wire_head *h, char *buffer, uint32_t phase,
-                      bint asked) noexcept nogil:
-    cdef uint64_t b = h.block, end = h.block + h.count, n
-    cdef int kind = M_PRECOPY if phase != PH_POSTCOPY else M_REQUESTED if asked else M_PUSHED
-    cdef int err = 0
-    while b < end and err == 0:
-        n = 1
-        if not bit_of(p.todo, b):
-            if phase == PH_POSTCOPY:
-                u64_add(&w.blocks[M_DOUBLED], 1)
-            else:
-                overwrite(r, b, buffer + ((b - h.block) << p.shift), h.kind == W_ZEROS)
-        elif h.kind == W_ZEROS and p.opened:    # its provider has something else there
-            memset(buffer, 0, <uint64_t>1 << p.shift)
-            err = place_run_of(w, p, r, b, 1, buffer, &n)
-        elif h.kind == W_ZEROS:
-            part_clear(r, p, b)
-        elif h.kind == W_BAD:
-            err = place_bad(w, p, r, b)
-        else:
-            err = place_run_of(w, p, r, b, <uint32_t>(end - b), buffer + ((b - h.block) << p.shift), &n)
-        b += n
-    u64_add(&w.blocks[M_ZERO if h.kind == W_ZEROS else kind], h.count)
-    u64_add(&w.bytes[M_ZERO if h.kind == W_ZEROS else kind],
-            part_bytes(p, h.block, h.count) if h.kind == W_ZEROS else h.nbytes)
-    return err
-
-
-cdef int place_run_of(Wire_t *w, Part_t *p, Region_t *r, uint64_t b, uint32_t most, char *bytes,
-                      uint64_t *placed) noexcept nogil:
-    """Claims blocks that are missing, places them and clears their bits; how many at *placed. -errno: the kernel has no
-    memory for them; the connection is given up then, and they come again with the next."""
-    cdef Slot *s = wire_borrow(r.engine)
-    cdef uint32_t n = 0, got, turn
-    cdef uint64_t i
-    cdef int err = 0
-    while n < most and bit_of(p.todo, b + n):
-        n += 1
-    placed[0] = 1
-    while True:
-        turn = u32_load(&r.engine.room_turn)
-        s.no_room = 0
-        got = begin_run(s, r, b, n, True, PREFETCH, MISSING)
-        if got or not s.no_room or u32_load(&r.closing) or u32_load(&w.ending):
-            break
-        if not evict_some(r.engine, s):
-            evictor_ring(r.engine)
-            futex_wait(&r.engine.room_turn, turn, ROOM_WAIT_NS)
-    if got:
-        s.offered = bytes
-        err = finish_run(s, r)
-        s.offered = NULL
-        placed[0] = got
-        for i in range(got if err == 0 else 0):
-            part_clear(r, p, b + i)
-    elif u32_load(&r.state[b]) & STATE_MASK != MISSING:
-        overwrite(r, b, bytes, False)       # it was not thought to be there, and is: of a round that was cut off
-        part_clear(r, p, b)
-    wire_return(r.engine, s)
-    return err
-
-
-cdef int place_bad(Wire_t *w, Part_t *p, Region_t *r, uint64_t b) noexcept nogil:
-    """The source could not read the block: a touch of it fails here as it would have there."""
-    cdef Slot *s = wire_borrow(r.engine)
-    if lose_block(s, r, b, -EIO):
-        part_clear(r, p, b)
-    wire_return(r.engine, s)
-    return 0
-
-
-cdef bint lose_block(Slot *s, Region_t *r, uint64_t b, int err) noexcept nogil:
-    """A missing block is poisoned. False: it is not missing, or there is no room for it."""
-    if not begin_run(s, r, b, 1, True, DEMAND, MISSING):
-        return False
-    s.tries = 1
-    recycled_release(s, r)
-    fail_run(s, r, err)
-    phase_change(s, BUSY, IDLE)
-    u64_store(&s.since_ns, 0)
-    return True
-
-
-cdef void overwrite(Region_t *r, uint64_t b, const char *bytes, bint zeros) noexcept nogil:
-    """A newer state of a block that is there already; only before the hand-over, while nobody else uses it. It may have
-    left memory again: touching it brings it back, like anybody's touch."""
-    if zeros:
-        memset(r.base + (b << r.shift), 0, run_bytes(r, b, 1))
-    else:
-        memcpy(r.base + (b << r.shift), bytes, run_bytes(r, b, 1))
 
 
 cdef void finish_arrival(Wire_t *w) noexcept nogil:

@@ -1,5 +1,6 @@
 """A machine without userfaultfd: `python deny.py COMMAND...` runs it under a seccomp filter that refuses the system
-call and the ioctl of /dev/userfaultfd, as a container's profile does. Standard library only."""
+call and the ioctl of /dev/userfaultfd, as a container's profile does. Standard library only. `deny_ioctl` refuses
+a single ioctl in a process that goes on."""
 
 import ctypes
 import errno
@@ -9,28 +10,39 @@ import struct
 import sys
 
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
-USERFAULTFD_IOC_NEW = 0xAA00
+USERFAULTFD_IOC_NEW, UFFDIO_MOVE = 0xAA00, 0xC028AA05
 CALLS = {"x86_64": (323, 16), "aarch64": (282, 29)}  # userfaultfd, ioctl
+NO_CALL = 0xFFFFFFFF
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 NUMBER_AT, ARGUMENT_1_AT = 0, 24  # in struct seccomp_data
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 
 
-def program():
-    """(instruction, taken if true, taken if false, operand): jumps count the instructions to leave out."""
-    userfaultfd, ioctl = CALLS[platform.machine()]
+def program(refused, request):
+    """Refuses a system call, and an ioctl of that request. (instruction, taken if true, taken if false, operand): jumps
+    count the instructions to leave out."""
+    _, ioctl = CALLS[platform.machine()]
     return [(LOAD, 0, 0, NUMBER_AT),
-            (EQUAL, 4, 0, userfaultfd),
+            (EQUAL, 4, 0, refused),
             (EQUAL, 0, 2, ioctl),
             (LOAD, 0, 0, ARGUMENT_1_AT),
-            (EQUAL, 1, 0, USERFAULTFD_IOC_NEW),
+            (EQUAL, 1, 0, request),
             (RETURN, 0, 0, ALLOW),
             (RETURN, 0, 0, ERRNO | errno.EPERM)]
 
 
 def deny_userfaultfd():
     """From here on, for this thread and all that it starts, for ever."""
-    code = b"".join(struct.pack("=HBBI", *step) for step in program())
+    _filter(program(CALLS[platform.machine()][0], USERFAULTFD_IOC_NEW))
+
+
+def deny_ioctl(request):
+    """The same for ioctls of one request."""
+    _filter(program(NO_CALL, request))
+
+
+def _filter(steps):
+    code = b"".join(struct.pack("=HBBI", *step) for step in steps)
     kept = ctypes.create_string_buffer(code)
     header = struct.pack("=H6xQ", len(code) // 8, ctypes.addressof(kept))
     prctl = ctypes.CDLL(None, use_errno=True).prctl
