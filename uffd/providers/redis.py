@@ -255,21 +255,14 @@ class Redis(Provider):
         head_of_group, versions = self._versions(live, run, [answers.bulk() for _ in run.commands[1:]])
         if answers.length(b"*") != len(run.blocks):
             raise Unexpected("another number of values")
-        for (block, _, part), version in zip(run.pieces, versions, strict=True):
-            count = answers.length(b"$")
+        lengths, heads = answers.values([part for _, _, part in run.pieces], VALUE_HEAD_BYTES)
+        for number, (block, _, part) in enumerate(run.pieces):
+            count, version, at = lengths[number], versions[number], number * VALUE_HEAD_BYTES
             if count < 0:
                 self._checked(live, block, None, version)
-                part[:] = 0
-                continue
-            head = answers.exactly(VALUE_HEAD_BYTES)
-            data = part[:count - VALUE_HEAD_BYTES]
-            if not 0 <= count - VALUE_HEAD_BYTES <= len(part):
-                raise Unexpected("a value longer than a block, or shorter than its head")
-            answers.into(data)
-            answers.end_of_bulk()
-            if live.values.checked(head, data, block) < version:
+            elif live.values.checked(heads[at:at + VALUE_HEAD_BYTES], part[:count - VALUE_HEAD_BYTES],
+                                     block) < version:
                 raise Damaged("out of date")
-            part[len(data):] = 0
         return head_of_group
 
     def _check_group(self, block: int, data: bytes, writes: int) -> GroupHead:
