@@ -507,6 +507,36 @@ def test_a_region_stays_open_as_long_as_an_image_has_it(tmp_path, make, where):
     assert region.closed
 
 
+def test_writers_do_not_wait_for_the_file():
+    """Goal: while a write to the file hangs, writers go on in the very blocks that are being written, as long as there
+    is room aside; the image has these blocks, too, as they were at the instant."""
+    run_script("""
+from support import shim
+N = 4 << 20
+mapping = mmap.mmap(-1, N, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+array = np.frombuffer(mapping, "i8")
+file = tempfile.TemporaryFile()
+os.truncate(file.fileno(), N)
+for forwards in (True, False):
+    array[:] = before = np.arange(N // 8)
+    image = uffd._core.Imager([(array, 0)], file.fileno(), memory_limit_bytes=2 * N)
+    rule = shim.Rule("pwrite", 1, -1, errno.EINTR)      # the streamer goes round in its first write
+    image.start()
+    while rule.fired == 0:
+        time.sleep(0.001)
+    for at in range(0, N // 8, 512) if forwards else range(N // 8 - 512, -1, -512):
+        array[at:at + 512] *= -1
+    stats = image.stats()
+    assert not image.wait(0) and stats["copied_aside_bytes"] == N and stats["waits"] == 0, stats
+    assert stats["faults"] < 16 if forwards else stats["faults"] == 16, stats    # ahead of who goes through memory
+    shim.clear()
+    assert image.wait(20)
+    file.seek(0)
+    assert (np.frombuffer(file.read(), "i8") == before).all() and (array == -before).all()
+    image.close()
+""", 45, preload=shim.path()).check()
+
+
 MIGRATES = """
 from support import shim
 from support.migration import *

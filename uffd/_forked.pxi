@@ -1,7 +1,7 @@
 # Images of memory on disk: a forked child that writes one, checksums of what was written, and the order of touches.
 #
 # Uses:     _imagefile.h; region_at of _inline.pxi; states of _data.pxi
-# Provides: ForkedImage, image_sums, image_sum, record_touches, touches; touched_note for _fill.pxi
+# Provides: ForkedImage, image_sums, image_sum, write_out, record_touches, touches; touched_note for _fill.pxi
 #
 # The child of a program with threads may run nothing but this: no Python (somebody may have held its lock), no malloc
 # of ours. It reads memory by touching it, so that regions serve themselves there, copies it to a buffer that was mapped
@@ -76,7 +76,7 @@ cdef int forked_range(ForkedJob *job, const ForkedRange *area, int pagemap, uint
         elif pagemap >= 0:
             err = forked_there(pagemap, at, PAGE, n, there)
         if err == 0:
-            err = forked_pages(job, area, at, n, there)
+            err = forked_pages(job, area, at, n, there, r != NULL)
         memcpy(written, there, n)
         written += n
         at += n * PAGE
@@ -88,11 +88,12 @@ cdef int forked_range(ForkedJob *job, const ForkedRange *area, int pagemap, uint
     return err
 
 
-cdef int forked_pages(ForkedJob *job, const ForkedRange *area, uint64_t at, uint64_t n,
-                           const uint8_t *there) noexcept nogil:
-    """Copies and writes the runs of pages that are there: the copy is by touching, which write() could not do."""
+cdef int forked_pages(ForkedJob *job, const ForkedRange *area, uint64_t at, uint64_t n, const uint8_t *there,
+                      bint touched) noexcept nogil:
+    """Writes the runs of pages that are there. Those of regions, which serve themselves at a touch, and what write()
+    can't read by itself (others' userfaultfds) are copied first."""
     cdef uint64_t i = 0, first, low, high
-    cdef int err
+    cdef int err = -EFAULT
     while i < n:
         first = i
         while i < n and there[i]:
@@ -100,8 +101,11 @@ cdef int forked_pages(ForkedJob *job, const ForkedRange *area, uint64_t at, uint
         low = u64_max(at + first * PAGE, area.address)
         high = u64_min(at + i * PAGE, area.address + area.nbytes)
         if i > first and high > low:
-            memcpy(job.buffer, <const void *>low, high - low)
-            err = pwrite_all(job.fd, job.buffer, high - low, area.file_at + (low - area.address))
+            if not touched:
+                err = pwrite_all(job.fd, <const char *>low, high - low, area.file_at + (low - area.address))
+            if touched or err == -EFAULT:
+                memcpy(job.buffer, <const void *>low, high - low)
+                err = pwrite_all(job.fd, job.buffer, high - low, area.file_at + (low - area.address))
             if err != 0:
                 return err
         i += 1
@@ -251,6 +255,13 @@ def image_sums(int fd, uint64_t data_offset, uint64_t data_bytes, uint64_t seed)
     if err != 0:
         raise _os_error(err, "an image can't be read back")
     return out
+
+
+def write_out(int fd):
+    """Has the kernel begin to write what was written to a file to its disk; it may wait for a disk that has much to do.
+    A hint: where it can't be had nothing is lost."""
+    with nogil:
+        file_write_out(fd)
 
 
 def image_sum(data, uint64_t seed, uint64_t unit):

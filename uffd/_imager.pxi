@@ -309,16 +309,14 @@ cdef _set_parts(Image_t *m, list spans, list offsets):
 
 
 cdef _set_buffers(Image_t *m, limit):
-    """The streamer's buffer, and those aside, within the limit."""
-    cdef uint64_t i, slot = 1 << SAVE_SHIFT, stream, aside, blocks = STREAM_BLOCKS
+    """The streamer's buffer for a block of a region, and those aside, within the limit."""
+    cdef uint64_t i, slot = 1 << SAVE_SHIFT, stream = 0, aside
     cdef char *p
     for i in range(m.regions):
-        slot = max(slot, <uint64_t>1 << m.region[i].r.shift)
+        stream = max(stream, <uint64_t>1 << m.region[i].r.shift)
+    slot = max(slot, stream)
     if limit < slot:
         raise ValueError(f"memory_limit_bytes is {limit}; an image of this memory needs {slot} or more")
-    while blocks > 1 and max(slot, blocks << SAVE_SHIFT) > limit // 2:
-        blocks //= 2
-    stream = max(slot, blocks << SAVE_SHIFT)
     aside = min((limit - stream) // slot, 1 << 16)
     if m.aside != NULL:
         munmap(m.aside, m.buffers)
@@ -329,7 +327,6 @@ cdef _set_buffers(Image_t *m, limit):
         raise MemoryError("no address space for an image's buffers")
     m.asides = <uint32_t>aside
     m.slot_bytes = slot
-    m.stream_blocks = blocks
     m.stream_bytes = p + page_round(aside * sizeof(Aside) + 1)
     m.aside_bytes = m.stream_bytes + stream
 

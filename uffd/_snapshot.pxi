@@ -4,22 +4,28 @@
 # Provides: the threads of an image and what they share with all others
 #
 #   SKIPPED                   nothing is there at the instant: zeros. Not protected
-#   UNSAVED > SAVING > LIFTED      a first write, or the streamer: copied, protection off
-#   UNSAVED > SAVING > KEPT_BLOCK > LIFTED    a series: it stays protected, so the next one knows what is written
+#   UNSAVED > SAVING > LIFTED      a first write: copied aside, protection off
+#   UNSAVED > WRITTEN > SAVING > LIFTED       the streamer writes it from where it is, then takes the protection off
+#             WRITTEN > SAVING > LIFTED       a first write meanwhile: copied aside like any other, and written again
+#   ... > SAVING > KEPT_BLOCK > LIFTED        a series: it stays protected, so the next one knows what is written
 #
-# A page that the program drops (madvise) loses its protection with its bytes: so what is copied counts only if it is
-# protected still afterwards. Else the image has failed: its bytes of the instant are nowhere.
+# A page that the program drops (madvise) loses its protection with its bytes: so what was copied, or written, counts
+# only if it is protected still afterwards. Else the image has failed: its bytes of the instant are nowhere.
 #
 # Fault threads (`uffd-snapshot`) and the streamer touch memory of ours alone: mappings that are made before anything is
 # protected, and can't be a target. No malloc, no lock that a program's thread can hold while it writes. The program's
-# memory is read by the kernel for them (process_vm_readv), so that memory which is gone is an error and no signal.
+# memory is read by the kernel for them (pwrite, process_vm_readv), so that memory which is gone is an error and no
+# signal.
 
 cdef enum:
     SKIPPED = 0                             # the same
-    UNSAVED, SAVING, LIFTED, KEPT_BLOCK
+    UNSAVED, SAVING, LIFTED, KEPT_BLOCK, WRITTEN
     SAVE_SHIFT = 18                         # of a save-block, 256 KiB: a dense writer pays 2 us per page, 104 at 4 KiB
-    STREAM_BLOCKS = 4                       # that the streamer copies at once, if there is memory for them
+    STREAM_BLOCKS = 4                       # that the streamer saves at once
     FAULT_THREADS = 2
+    AHEAD_BLOCKS = 8                        # that are saved for a writer who goes through memory, at the most
+    AHEAD_REACH = 64                        # who writes so few blocks behind the last ones does that: some were saved
+    WRITERS_SEEN = 8                        # of them that are told apart
     ASIDE_FREE = 0                          # what untouched memory says
     ASIDE_TAKEN = 1
     ASIDE_FULL = 2
@@ -60,10 +66,9 @@ cdef struct Image_t:
     Aside *aside
     uint32_t asides
     uint64_t buffers                        # bytes of the mapping of both buffers
-    uint64_t stream_blocks                  # save-blocks that the streamer copies at once
     uint64_t slot_bytes                     # of each buffer aside: a save-block, or the regions' largest block
     char *aside_bytes
-    char *stream_bytes
+    char *stream_bytes                      # the streamer's, for a block of a region
     RegionPart *region                      # what is ours: _image.pxi
     uint64_t regions
     int uffd
@@ -97,6 +102,8 @@ cdef struct Image_t:
     uint64_t done_bytes
     uint64_t instant_ns
     uint64_t pause_ns
+    uint64_t going[WRITERS_SEEN]            # writers that go through memory: the next block << 8 | how many were saved
+    uint32_t going_turn
     uint64_t faults
     uint64_t copied_bytes
     uint64_t waits
@@ -127,7 +134,12 @@ cdef Span *span_at(Image_t *m, uint64_t address) noexcept nogil:
 
 
 cdef inline bint save_claim(Image_t *m, Span *p, uint64_t k) noexcept nogil:
-    return u8_cas(&m.state[p.first + k], UNSAVED, SAVING)
+    """For a writer."""
+    return u8_cas(&m.state[p.first + k], UNSAVED, SAVING) or u8_cas(&m.state[p.first + k], WRITTEN, SAVING)
+
+
+cdef inline bint is_unsaved(uint8_t state) noexcept nogil:
+    return state == UNSAVED or state == SAVING or state == WRITTEN
 
 
 cdef inline void save_publish(Image_t *m, Span *p, uint64_t k, uint8_t state) noexcept nogil:
@@ -172,9 +184,9 @@ cdef int copy_program(char *target, uint64_t source, uint64_t nbytes) noexcept n
     return err
 
 
-cdef int copy_saved(Image_t *m, Span *p, uint64_t k, uint64_t stop, char *target) noexcept nogil:
-    """Bytes of the instant, of blocks that the caller saves. -errno where they are lost: see the head."""
-    cdef uint64_t start = save_start(p, k), end = save_end(p, stop - 1)
+cdef int copy_saved(Image_t *m, Span *p, uint64_t k, char *target) noexcept nogil:
+    """Bytes of the instant, of a block that the caller saves. -errno where they are lost: see the head."""
+    cdef uint64_t start = save_start(p, k), end = save_end(p, k)
     cdef int err = copy_program(target, start, end - start)
     return err if err != 0 else -ENODATA if not still_marked(m, start, end) else 0
 
@@ -250,43 +262,65 @@ cdef void save_fault(Image_t *m, uint64_t address) noexcept nogil:
         state = u8_load(&m.state[p.first + k])
         if state == SAVING:
             return                          # it lifts the protection when it is done, after it has changed the state
-        if state == UNSAVED:
-            if save_aside(m, p, k):
+        if state == UNSAVED or state == WRITTEN:
+            if save_aside(m, p, k, ahead_of(m, p, k)):
                 return
         elif state != KEPT_BLOCK or u8_cas(&m.state[p.first + k], KEPT_BLOCK, LIFTED):
             lift_span(m, save_start(p, k), save_end(p, k))
             return
 
 
-cdef bint save_aside(Image_t *m, Span *p, uint64_t k) noexcept nogil:
-    """Copies an unsaved block for its writer; False: its state has changed. Without room the writer waits for the
-    streamer, which has the disk."""
-    cdef uint32_t a = aside_take(m)
-    cdef uint64_t nbytes = save_end(p, k) - save_start(p, k)
-    cdef int err
-    if a == m.asides:
+cdef uint32_t ahead_of(Image_t *m, Span *p, uint64_t k) noexcept nogil:
+    """How many blocks from k on to save: twice as many each time as long as a writer goes through memory. That costs a
+    sparse writer nothing, and a dense one an eighth of the faults. (Fault threads may overwrite each other's notes.)"""
+    cdef uint64_t at = p.first + k, word, following
+    cdef uint32_t i, n = 1
+    for i in range(<uint32_t>WRITERS_SEEN):
+        word = u64_load(&m.going[i])
+        following = word >> 8
+        if word and following <= at < following + AHEAD_REACH:
+            n = <uint32_t>u64_min(2 * (word & 255), AHEAD_BLOCKS)
+            break
+    else:
+        i = u32_add(&m.going_turn, 1) % <uint32_t>WRITERS_SEEN
+    u64_store(&m.going[i], (at + n) << 8 | n)
+    return n
+
+
+cdef bint save_aside(Image_t *m, Span *p, uint64_t k, uint32_t most) noexcept nogil:
+    """Copies blocks that are not saved yet for the writer of the first; False: its state has changed. Without room it
+    waits for the streamer, which has the disk."""
+    cdef uint32_t slot[AHEAD_BLOCKS]
+    cdef uint32_t n = 0, i
+    cdef int err = 0
+    while n < most and k + n < p.blocks and err == 0:
+        slot[n] = aside_take(m)
+        if slot[n] == m.asides:
+            break
+        if not save_claim(m, p, k + n):
+            u32_store(&m.aside[slot[n]].state, ASIDE_FREE)
+            if n == 0:
+                return False
+            break
+        err = copy_saved(m, p, k + n, m.aside_bytes + <uint64_t>slot[n] * m.slot_bytes)
+        n += 1
+    if n == 0:
         u64_add(&m.waits, 1)
         u32_store_seq(&m.wanted, 1)
         u8_cas(&m.mine[p.first + k], 0, 2)  # asked for
         image_ring(m)
-        return u8_load(&m.state[p.first + k]) == UNSAVED or u8_load(&m.state[p.first + k]) == SAVING
-    if not save_claim(m, p, k):
-        u32_store(&m.aside[a].state, ASIDE_FREE)
-        return False
-    err = copy_saved(m, p, k, k + 1, m.aside_bytes + <uint64_t>a * m.slot_bytes)
-    if err != 0:
-        u32_store(&m.aside[a].state, ASIDE_FREE)
-        save_publish(m, p, k, LIFTED)
-        lift_span(m, save_start(p, k), save_end(p, k))
-        image_fail(m, err, True)
-        return True
-    m.aside[a].span = <uint32_t>(p - m.span)
-    m.aside[a].block = k
-    u64_add(&m.copied_bytes, nbytes)
-    save_publish(m, p, k, LIFTED)
-    lift_span(m, save_start(p, k), save_end(p, k))
-    u32_store(&m.aside[a].state, ASIDE_FULL)
+        return is_unsaved(u8_load(&m.state[p.first + k]))
+    u64_add(&m.copied_bytes, save_end(p, k + n - 1) - save_start(p, k))
+    for i in range(n):
+        save_publish(m, p, k + i, LIFTED)
+    lift_span(m, save_start(p, k), save_end(p, k + n - 1))
+    for i in range(n):
+        m.aside[slot[i]].span = <uint32_t>(p - m.span)
+        m.aside[slot[i]].block = k + i
+        u32_store(&m.aside[slot[i]].state, ASIDE_FULL)
     image_ring(m)
+    if err != 0:
+        image_fail(m, err, True)
     return True
 
 
@@ -355,7 +389,7 @@ cdef bint all_saved(Image_t *m) noexcept nogil:
     cdef uint32_t a
     cdef uint64_t i
     for i in range(m.blocks):
-        if u8_load(&m.state[i]) == UNSAVED or u8_load(&m.state[i]) == SAVING:
+        if is_unsaved(u8_load(&m.state[i])):
             return False
     for a in range(m.asides):
         if u32_load(&m.aside[a].state) != ASIDE_FREE:
@@ -390,7 +424,7 @@ cdef uint64_t stream_run(Image_t *m, Span *p, uint64_t k) noexcept nogil:
     while k < p.blocks and u8_load(&m.state[p.first + k]) != UNSAVED:
         k += 1
     stop = k
-    while stop < p.blocks and stop < k + m.stream_blocks and u8_load(&m.state[p.first + stop]) == UNSAVED:
+    while stop < p.blocks and stop < k + STREAM_BLOCKS and u8_load(&m.state[p.first + stop]) == UNSAVED:
         stop += 1
     if stop > k:
         stream_blocks(m, p, k, stop)
@@ -398,23 +432,34 @@ cdef uint64_t stream_run(Image_t *m, Span *p, uint64_t k) noexcept nogil:
 
 
 cdef void stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
-    """Claims, copies, lets go (or keeps protected) and writes blocks [k, stop), those that are unsaved still."""
-    cdef uint64_t n = 0
-    cdef int err
-    while k + n < stop and n < m.stream_blocks and save_claim(m, p, k + n):
+    """Claims, writes and lets go (or keeps protected) blocks [k, stop), those that are unsaved still. A writer does not
+    wait for the file: what it wants of them is copied aside, and written again after this."""
+    cdef uint64_t n = 0, run
+    while k + n < stop and n < STREAM_BLOCKS and u8_cas(&m.state[p.first + k + n], UNSAVED, WRITTEN):
         n += 1
     if n == 0:
         return
-    err = copy_saved(m, p, k, k + n, m.stream_bytes)
     stop = k + n
-    while n:
-        n -= 1
-        save_publish(m, p, k + n, KEPT_BLOCK if m.keep and u8_load(&m.mine[p.first + k + n]) != 2 else LIFTED)
+    write_blocks(m, p, k, stop, <const char *>save_start(p, k))
+    while k < stop:
+        run = k
+        while k < stop and u8_cas(&m.state[p.first + k], WRITTEN, SAVING):
+            k += 1
+        if k > run:
+            written_run(m, p, run, k)
+        else:
+            k += 1
+
+
+cdef void written_run(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
+    """The streamer's blocks, which nobody has written to meanwhile: they are saved."""
+    cdef bint kept = still_marked(m, save_start(p, k), save_end(p, stop - 1))
+    cdef uint64_t i
+    for i in range(k, stop):
+        save_publish(m, p, i, KEPT_BLOCK if m.keep and u8_load(&m.mine[p.first + i]) != 2 else LIFTED)
     release_run(m, p, k, stop)
-    if err != 0:
-        image_fail(m, err, True)
-        return
-    write_blocks(m, p, k, stop, m.stream_bytes)
+    if not kept:
+        image_fail(m, -ENODATA, True)
 
 
 cdef void release_run(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
@@ -434,7 +479,7 @@ cdef void release_run(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept n
 
 
 cdef void write_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop, const char *bytes) noexcept nogil:
-    """Copied blocks [k, stop) go to the file, array by array."""
+    """The bytes of blocks [k, stop), copied or where they are, go to the file, array by array."""
     write_parts(m, save_start(p, k), save_end(p, stop - 1), bytes)
     u64_add(&m.done_bytes, save_end(p, stop - 1) - save_start(p, k))
 
@@ -465,4 +510,4 @@ cdef void write_file(Image_t *m, const char *bytes, uint64_t nbytes, int64_t off
             at += <uint64_t>n
             u64_add(&m.streamed_bytes, <uint64_t>n)
         elif n == 0 or errno != EINTR:
-            image_fail(m, -errno if n < 0 else -EIO, False)
+            image_fail(m, -errno if n < 0 else -EIO, n < 0 and errno == EFAULT)     # it reads the program's memory

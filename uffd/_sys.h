@@ -407,9 +407,9 @@ static inline int map_unshare(char *start, uint64_t len)
     return madvise(start, len, 23 /* MADV_POPULATE_WRITE */) ? -errno : 0;
 }
 
-/* Whether something is there of each of these pages of private memory: in memory, or swapped out, of which mincore knows
- * only as long as it is in the swap cache. Keeps no descriptor, so that a forked child asks for its own memory. Where
- * /proc can't be had, a page that is swapped out counts as not there. Async-signal-safe. */
+/* Whether something is there of each of these pages of private memory: in memory, or swapped out, of which mincore
+ * knows only as long as it is in the swap cache. Keeps no descriptor, so that a forked child asks for its own memory.
+ * Where /proc can't be had, a page that is swapped out counts as not there. Async-signal-safe. */
 static inline int pages_there(const char *start, uint64_t len, uint64_t page)
 {
     enum { MOST = 64 };
@@ -433,6 +433,12 @@ static inline int pages_there(const char *start, uint64_t len, uint64_t page)
     if (pagemap >= 0)
         close(pagemap);
     return all;
+}
+
+/* Has the kernel begin to write a file's dirty pages to the disk, so that an fsync finds less to do. */
+static inline int file_write_out(int fd)
+{
+    return sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE) ? -errno : 0;
 }
 
 /* memcpy within this process that answers -EFAULT for a source that is not there. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -114,8 +115,10 @@ class Snapshot:
 
     def _run(self, job: _Job) -> None:
         try:
-            self._drain(job.writer)
-            self._finish(job)
+            with job.target.written_out() if job.stays else contextlib.nullcontext():
+                self._drain(job.writer)
+                completed = self._complete(job)
+            self._publish(job, *completed)
             if job.keeps:
                 self._kept = job.writer
                 _series[self.id] = self
@@ -146,7 +149,8 @@ class Snapshot:
             writer.abort()
             raise SnapshotError(f"{self.path}: the image was cancelled; what was there is as it was")
 
-    def _finish(self, job: _Job) -> None:
+    def _complete(self, job: _Job) -> tuple[_methods.Runs, int, np.ndarray, int]:
+        """All that the file is to hold is in it: (what the method wrote, bytes of the data, extents, bytes of all)."""
         head = _files.Head(self.id, self._created_s, self._layout, job.base)
         runs = job.writer.runs()
         if job.base is None:
@@ -155,7 +159,9 @@ class Snapshot:
             known = job.previous is not None
             extents = _merging.changed(job.scratch.fd, runs, job.chain, known, self._stop)
             data_bytes = _merging.copied(job.scratch.fd, extents, job.target.fd, head.data_offset, self._stop)
-        file_bytes = _files.finish(job.target.fd, head, data_bytes, extents)
+        return runs, data_bytes, extents, _files.finish(job.target.fd, head, data_bytes, extents)
+
+    def _publish(self, job: _Job, runs: _methods.Runs, data_bytes: int, extents: np.ndarray, file_bytes: int) -> None:
         self._stop()
         if job.compress is None:
             job.target.publish()
@@ -189,6 +195,11 @@ class _Job:
         except BaseException:
             self.target.close()
             raise
+
+    @property
+    def stays(self) -> bool:
+        """Whether what the method writes is what will be at the path."""
+        return self.scratch is self.target and self.compress is None
 
     def close(self, keeps: bool = False) -> None:
         if self.writer is not None and not (keeps and self.keeps):

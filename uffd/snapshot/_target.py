@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
+from .._coreless import core as _core
+
+_WRITE_OUT_S = 0.05
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 
 
@@ -47,6 +52,28 @@ class Target:
     def as_path(self) -> str:
         """A path by which this process can open what has been written."""
         return f"/proc/self/fd/{self.fd}" if self._name is None else self._name
+
+    @contextlib.contextmanager
+    def written_out(self) -> Iterator[None]:
+        """Meanwhile what is written goes to the disk, by a thread that may wait for it, so that `publish` finds little
+        left to do."""
+        over = threading.Event()
+
+        def keep_busy() -> None:
+            while not over.wait(_WRITE_OUT_S):
+                _core.write_out(self.fd)
+
+        thread = threading.Thread(target=keep_busy, name="uffd-write-out")
+        try:
+            thread.start()
+        except RuntimeError:       # no thread to be had: it is all done by `publish`
+            thread = threading.current_thread()
+        try:
+            yield
+        finally:
+            over.set()
+            if thread is not threading.current_thread():
+                thread.join()
 
     def publish(self) -> None:
         """Durable, and at its path: when this is back a crash leaves the new file, before that the old one or none."""
