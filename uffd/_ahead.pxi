@@ -68,8 +68,29 @@ cdef void serve_piece(Slot *s, Piece *p, uint32_t cause) noexcept nogil:
     elif r.hosted:
         hosted_piece(r, p)
     else:
+        if p.ahead:
+            source_told(r, <int64_t>p.first + p.ahead, p.stride, p.count)
         fill_piece(s, r, p, cause)
     region_release(r)
+
+
+cdef void source_told(Region_t *r, int64_t b, int64_t stride, uint32_t n) noexcept nogil:
+    """Tells the source of blocks that will be asked for next, so that a disk is at work on them while those before them
+    are filled. Not of those that are there, or lie elsewhere."""
+    cdef int64_t low = b, count = 1
+    if r.fill.ahead == NULL or r.part != NULL or r.in_child:
+        return
+    if stride == 1 or stride == -1:
+        low = b if stride == 1 else b - n + 1
+        count = n
+        n = 1
+    while n and 0 <= low < <int64_t>r.blocks:
+        if low + count > <int64_t>r.blocks:
+            count = <int64_t>r.blocks - low
+        if u32_load(&r.state[low]) & (STATE_MASK | SPILLED) == MISSING:
+            r.fill.ahead(r.fill.self, <uint64_t>low << r.shift, run_bytes(r, <uint64_t>low, <uint32_t>count))
+        low += stride
+        n -= 1
 
 
 cdef void repair_ask(Region_t *r, uint64_t b) noexcept nogil:
@@ -230,7 +251,7 @@ cdef void stream_extend(Slot *s, Region_t *r, Stream *st, int64_t b) noexcept no
         if ahead == 0 and r.credit:
             r.credit -= 1
             st.owed = 1
-            stream_ask(s, r, st, 1)
+            stream_ask(s, r, st, 1, 0)
         return
     window = st.confirmed / 6
     if window < 4:
@@ -238,12 +259,13 @@ cdef void stream_extend(Slot *s, Region_t *r, Stream *st, int64_t b) noexcept no
     if window > r.ahead_blocks:
         window = r.ahead_blocks
     if ahead * 2 <= window:
-        stream_ask(s, r, st, window - ahead)
+        stream_ask(s, r, st, window - ahead, window)
 
 
-cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogil:
-    """Queues the stream's next n blocks in pieces. A full queue ends it early: read-ahead is a hint."""
-    cdef uint64_t per_piece = PIECE_BYTES >> r.shift, pieces = 0
+cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n, uint64_t told) noexcept nogil:
+    """Queues the stream's next n blocks in pieces. A full queue ends it early: read-ahead is a hint. told: with each
+    piece the source is told of the one that lies so many of the stream's blocks behind it."""
+    cdef uint64_t per_piece = PIECE_BYTES >> r.shift, pieces = 0, most = TOLD_BYTES >> r.shift
     cdef Piece p
     if per_piece == 0:
         per_piece = 1
@@ -256,6 +278,7 @@ cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogi
         p.count = <uint32_t>(per_piece if per_piece < n else n)
         p.write = 0
         p.since_ns = now_ns()
+        p.ahead = <int64_t>(told if told < most else most) * st.stride
         if not ring_put(r.engine.ahead, &p):
             break
         st.next += st.stride * <int64_t>p.count
@@ -368,7 +391,7 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
     cdef Job_t *j
     cdef Region_t *r = NULL
     cdef Slot *by = NULL
-    cdef uint64_t first = 0, n = 0
+    cdef uint64_t first = 0, n = 0, end = 0, told
     if u32_load_seq(&e.jobs_waiting) == 0:
         return False
     pthread_mutex_lock(&e.job_lock)
@@ -380,6 +403,7 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
         else:
             j.outstanding += 1
             by.job = j                      # under the lock that fork() takes: a child finds every piece under way
+            end = j.runs[2 * j.at + 1]
             job_next_piece(e, j, r.shift, &first, &n)
     pthread_mutex_unlock(&e.job_lock)
     if j == NULL:
@@ -388,6 +412,9 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
         if r.hosted:
             hosted_job(by, r, j, first, n)
         else:
+            told = first + (<uint64_t>TOLD_BYTES >> r.shift)
+            if told < end:
+                source_told(r, <int64_t>told, 1, <uint32_t>(n if n < end - told else end - told))
             job_fill(e, s, j, r, first, n)
         region_release(r)
     return True
