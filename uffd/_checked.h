@@ -28,10 +28,10 @@
  * fdatasync of the journal failed nothing is stored any more: the kernel may have dropped pages, and now
  * calls them clean.
  *
- * Provides: uffd_checked_make, _open, _ahead, _fill, _store, _sync, _close. The others answer 0 or -errno: EBADMSG for bytes that
- * are not those of their checksum, ESTALE for a file whose size or a sidecar whose offset is another, EBUSY
- * while another has it open for writing. Damage to the journal costs what was stored since the last sync, as a loss of
- * power does.
+ * Provides: uffd_checked_make, _open, _ahead, _fill, _store, _sync, _close. All but _ahead answer 0 or -errno: EBADMSG
+ * for bytes that are not those of their checksum, ESTALE for a file whose size or a sidecar whose offset is another,
+ * EBUSY while another has it open for writing. Damage to the journal costs what was stored since the last sync, as a
+ * loss of power does.
  */
 #ifndef UFFD_CHECKED_H
 #define UFFD_CHECKED_H
