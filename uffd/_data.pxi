@@ -470,7 +470,7 @@ cdef uint64_t PAGE = <uint64_t>sysconf(_SC_PAGESIZE)
 cdef enum:
     RUN_BYTES = 512 * 1024      # of one fill: staging that stays in the second-level cache
     PIECE_BYTES = 512 * 1024    # of read-ahead and prefetch between two looks for demand
-    TOLD_BYTES = 4096 * 1024    # how far before a piece its source is told, at the most
+    TOLD_BYTES = 4 * 1024 * 1024  # how far before a piece its source is told, at the most
     MAX_BLOCK_BYTES = 16 << 20
     STAND_IN_MS = 50            # a stand-in is not woken for work, it looks; so its descriptors can go with it
     EVENT_WAKE = 1              # epoll data of a worker's own set
