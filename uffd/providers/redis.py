@@ -61,7 +61,7 @@ class Redis(Provider):
     failure.
     """
 
-    concurrency = 2                              # one waits while the other hands over; more only wait for each other
+    concurrency = 2                              # one works while the other waits; more wait for each other
 
     def __init__(self, url: str, namespace: str, *, create: bool = True, delete: bool = False, durable: str = "ack",
                  nbytes: int | None = None, block_bytes: int | None = None, replicas: int = 1, lease_s: float = 10.0,
