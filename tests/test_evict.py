@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import uffd
-from support import matrix
+from support import matrix, shim
 from support.blocks import BLOCKS, PAGE, SIZE, rows, wait_until
 from support.native import controlled, library
 from support.pattern import pattern
@@ -147,6 +147,29 @@ def test_evict_of_blocks_in_use(made):
     assert not errors and freed > 0
     np.testing.assert_array_equal(array, model)
     del array
+
+
+def test_evict_of_blocks_that_the_kernel_has_in_hand(where):
+    """Goal: a block whose pages the kernel does not move at this moment (another CPU has them in a batch) has left all
+    the same when evict is back; one that it never moves stays, and does not keep the call for long."""
+    run_script("""
+from support import shim
+if not uffd._core.supports("MOVE") or WHERE.backing == "shared":
+    raise SystemExit(0)
+engine = uffd.Engine(workers=2, budget_bytes=32 << 20)
+r = region(16 * 65536, None, engine=engine, mode="c", block_bytes=65536, readahead_bytes=0)
+r.populate()
+moves = shim.Rule("MOVE", 3, 4, errno.EBUSY)
+assert r.evict() == 16 * 65536 and not r.resident().any() and moves.fired == 4
+shim.clear()
+r.populate()
+moves = shim.Rule("MOVE", 1, -1, errno.EBUSY)
+began = time.monotonic()
+assert r.evict() == 0 and r.resident().all() and moves.fired >= 16
+assert time.monotonic() - began < 10
+shim.clear()
+assert r.evict() == 16 * 65536
+""", 30, where=where, preload=shim.path()).check()
 
 
 def test_evict_in_a_closed_region(make):

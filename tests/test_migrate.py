@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import uffd
-from support import matrix
+from support import matrix, shim
 from support.scripts import run_script
 from uffd import migrate
 
@@ -302,6 +302,27 @@ for one in (a, r):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
 assert ended(pid) == 0
 """)
+
+
+def test_release_gives_each_page_back_once():
+    """Goal: a page that was given back is not given back again at the end: it would be zeros in between."""
+    script("""
+from support import shim
+N = 4 << 20
+def destination(incoming):
+    arrival = incoming.accept(20)
+    arrival.wait(20)
+    assert (arrival.arrays["a"] == filled(N)).all()
+pid, url = start(destination)
+a = np.frombuffer(mmap.mmap(-1, N, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.int64)
+a[:] = filled(N)
+rule = shim.Rule("POISON", 1, 0)
+with migrate.connect(url, {"a": a}, release=True) as outgoing:
+    outgoing.switchover()
+    report = outgoing.wait(20)
+assert 1 < rule.calls <= N // 65536, rule.calls
+assert ended(pid) == 0
+""", preload=shim.path())
 
 
 def test_compression():

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from support import matrix
+from support import matrix, shim
 from support.scripts import finish_script, run_script, start_script, wait_for_line
 
 import uffd
@@ -351,3 +351,18 @@ def test_ctrl_c_does_not_reach_the_child():
     os.killpg(process.pid, 2)
     finish_script(process).check()
     assert (snapshot.load(process.directory / "a", lazy=False)["array"] == 1).all()
+
+
+def test_giving_up_does_not_wait_for_the_disk():
+    """Goal: the thread that has the disk begin asks it for a few MiB at once, and for nothing more once that is over:
+    such a call can't be interrupted, and an image may be larger than what the disk does in an hour."""
+    run_script("""
+from support import shim
+file = tempfile.TemporaryFile()
+os.truncate(file.fileno(), 64 << 20)
+rule = shim.Rule("sync_file_range", 1, 0)
+uffd._core.write_out(file.fileno(), bytearray(b"\\1"))
+assert rule.calls == 0
+uffd._core.write_out(file.fileno(), bytearray(1))
+assert rule.calls >= 4, rule.calls
+""", preload=shim.path()).check()

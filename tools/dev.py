@@ -48,7 +48,7 @@ WHERES_OF_THE_INTERPRETER = {"UFFD_TEST_WHERES": "thread-anon inline-shared"}
 # a server's answers is no matter of privilege.
 WITHOUT_KERNEL = (
     *(f"tests/test_{name}.py" for name in (
-        "house", "blosc2_c", "policy_c", "checked_c", "watchdog", "keys", "eager", "eager_writes", "fallback",
+        "house", "tools", "blosc2_c", "policy_c", "checked_c", "watchdog", "keys", "eager", "eager_writes", "fallback",
         "hosted_pickle", "top", "redis_cluster", "redis_writers", "migrate_auth", "migrate_frames", "migrate_report")),
     "tests/property/test_migrate_sim.py", "tests/faults/test_checked_file.py",
     *(f"tests/test_demo.py::test_{name}" for name in (
@@ -459,6 +459,10 @@ TARGETS = {
 
 
 def main() -> int:
+    # A shell has what it puts into the background ignore these, which tests send.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         raise SystemExit(f"usage: python tools/dev.py {'|'.join(TARGETS)} [arguments]")
     return TARGETS[sys.argv[1]](sys.argv[2:])

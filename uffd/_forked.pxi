@@ -257,11 +257,14 @@ def image_sums(int fd, uint64_t data_offset, uint64_t data_bytes, uint64_t seed)
     return out
 
 
-def write_out(int fd):
-    """Has the kernel begin to write what was written to a file to its disk; it may wait for a disk that has much to do.
-    A hint: where it can't be had nothing is lost."""
+def write_out(int fd, bytearray over not None):
+    """Has the kernel begin to write what was written to a file to its disk; it may wait for a disk that has much to do,
+    for 8 MiB after another thread has set over[0]. A hint: where it can't be had nothing is lost."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(over, &view, PyBUF_ANY_CONTIGUOUS)
     with nogil:
-        file_write_out(fd)
+        file_write_out(fd, <const uint8_t *>view.buf)
+    PyBuffer_Release(&view)
 
 
 def image_sum(data, uint64_t seed, uint64_t unit):

@@ -96,6 +96,10 @@ cdef class Imager:
             raise ValueError("the image before has other ranges, or is of another process")
         self.m = previous.m
         previous.m = NULL
+        with nogil:
+            gate_close(self.m)              # a fault thread that found a block unsaved may be on its way to the buffers
+            u32_store_seq(&self.m.gate, GATE_OPEN)
+            futex_wake_all(&self.m.gate)
         memset(self.m.mine, 0, _all_blocks(self.m))
         self.m.done = 0
         self.m.aborted = 0

@@ -78,9 +78,7 @@ cdef int image_start(Image_t *m) noexcept nogil:
     look(m, False, &found)                  # an error comes again in the pause
     kept_check(m, True)
     t0 = now_ns()
-    u32_store_seq(&m.gate, GATE_CLOSED)
-    while u32_load_seq(&m.inside):
-        sched_yield()                       # a copy of one block at the most
+    gate_close(m)
     err = regions_protect(m)
     if err == 0:
         err = image_protect(m)

@@ -126,11 +126,14 @@ def unpin(Region region not None, runs):
 # ---- out of memory ----------------------------------------------------------------------------------------------
 
 def evict(Region region not None, runs):
-    """Takes the clean blocks of runs out of memory; bytes freed. Dirty, pinned and busy ones stay."""
+    """Takes the clean blocks of runs out of memory; bytes freed. Dirty and pinned ones stay, and those that are being
+    filled. What can't leave at this moment (somebody has it in hand, or the kernel has its pages in a batch of another
+    CPU's) is tried again for a tenth of a second."""
     cdef Region_t *r = _live(region)
     cdef Py_buffer view
     cdef int64_t *pair
-    cdef uint64_t i, freed = 0
+    cdef uint64_t i, b, freed = 0, deadline
+    cdef unsigned int tries
     cdef Slot *s
     PyObject_GetBuffer(runs, &view, PyBUF_ANY_CONTIGUOUS)
     _hold(r)
@@ -140,11 +143,27 @@ def evict(Region region not None, runs):
         s = call_borrow(r.engine)
         for i in range(<uint64_t>view.len // 16):
             freed += evict_blocks(s, r, <uint64_t>pair[2 * i], <uint64_t>pair[2 * i + 1])
+        deadline = now_ns() + SLICE_NS
+        for i in range(<uint64_t>view.len // 16):
+            for b in range(<uint64_t>pair[2 * i], <uint64_t>pair[2 * i + 1]):
+                tries = 0
+                while leaves_soon(r, b) and now_ns() < deadline:
+                    nap(tries)
+                    tries += 1
+                    freed += evict_blocks(s, r, b, b + 1)
         call_return(r.engine, s)
         pool_trim(r.engine, freed)
         region_release(r)
     PyBuffer_Release(&view)
     return freed
+
+
+cdef bint leaves_soon(Region_t *r, uint64_t b) noexcept nogil:
+    """Whether a block is there that could leave, or is in the hands of somebody who calls the kernel."""
+    cdef uint32_t word = u32_load(&r.state[b]), state = word & STATE_MASK
+    if state == CLEAN:
+        return word & WRITING == 0 and u8_load(&r.pins[b]) == 0 and not u32_load(&r.closing)
+    return is_busy(state) and state != FILLING
 
 
 def discard(Region region not None, uint64_t first, uint64_t end):

@@ -230,13 +230,19 @@ cdef void *snapshot_main(void *argument) noexcept nogil:
 
 
 cdef void gate_enter(Image_t *m) noexcept nogil:
-    """Dekker with image_start, which closes the gate and waits until nobody is inside."""
+    """Dekker with gate_close, which waits until nobody is inside."""
     while True:
         u32_add_seq(&m.inside, 1)
         if u32_load_seq(&m.gate) == GATE_OPEN:
             return
         u32_sub(&m.inside, 1)
         gate_wait(m)
+
+
+cdef void gate_close(Image_t *m) noexcept nogil:
+    u32_store_seq(&m.gate, GATE_CLOSED)
+    while u32_load_seq(&m.inside):
+        sched_yield()                       # a copy of a few blocks at the most
 
 
 cdef void gate_wait(Image_t *m) noexcept nogil:
@@ -306,11 +312,13 @@ cdef bint save_aside(Image_t *m, Span *p, uint64_t k, uint32_t most) noexcept no
         n += 1
     if n == 0:
         u64_add(&m.waits, 1)
-        u32_store_seq(&m.wanted, 1)
         u8_cas(&m.mine[p.first + k], 0, 2)  # asked for
+        u32_store_seq(&m.wanted, 1)         # after it: who finds this takes it back before it looks for those
         image_ring(m)
         return is_unsaved(u8_load(&m.state[p.first + k]))
     u64_add(&m.copied_bytes, save_end(p, k + n - 1) - save_start(p, k))
+    if err != 0:
+        image_fail(m, err, True)            # before it counts as saved: the streamer may be done with all others
     for i in range(n):
         save_publish(m, p, k + i, LIFTED)
     lift_span(m, save_start(p, k), save_end(p, k + n - 1))
@@ -319,8 +327,6 @@ cdef bint save_aside(Image_t *m, Span *p, uint64_t k, uint32_t most) noexcept no
         m.aside[slot[i]].block = k + i
         u32_store(&m.aside[slot[i]].state, ASIDE_FULL)
     image_ring(m)
-    if err != 0:
-        image_fail(m, err, True)
     return True
 
 
@@ -426,20 +432,19 @@ cdef uint64_t stream_run(Image_t *m, Span *p, uint64_t k) noexcept nogil:
     stop = k
     while stop < p.blocks and stop < k + STREAM_BLOCKS and u8_load(&m.state[p.first + stop]) == UNSAVED:
         stop += 1
-    if stop > k:
-        stream_blocks(m, p, k, stop)
-    return stop
+    return stream_blocks(m, p, k, stop)
 
 
-cdef void stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
-    """Claims, writes and lets go (or keeps protected) blocks [k, stop), those that are unsaved still. A writer does not
-    wait for the file: what it wants of them is copied aside, and written again after this."""
+cdef uint64_t stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:
+    """Claims, writes and lets go (or keeps protected) blocks [k, stop), up to the first that is not unsaved any more;
+    which that is. A writer does not wait for the file: what it wants of them is copied aside, and written again after
+    this."""
     cdef uint64_t n = 0, run
     while k + n < stop and n < STREAM_BLOCKS and u8_cas(&m.state[p.first + k + n], UNSAVED, WRITTEN):
         n += 1
-    if n == 0:
-        return
     stop = k + n
+    if n == 0:
+        return stop
     write_blocks(m, p, k, stop, <const char *>save_start(p, k))
     while k < stop:
         run = k
@@ -449,6 +454,7 @@ cdef void stream_blocks(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept
             written_run(m, p, run, k)
         else:
             k += 1
+    return stop
 
 
 cdef void written_run(Image_t *m, Span *p, uint64_t k, uint64_t stop) noexcept nogil:

@@ -32,6 +32,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
@@ -409,7 +410,8 @@ static inline int map_unshare(char *start, uint64_t len)
 
 /* Whether something is there of each of these pages of private memory: in memory, or swapped out, of which mincore
  * knows only as long as it is in the swap cache. Keeps no descriptor, so that a forked child asks for its own memory.
- * Where /proc can't be had, a page that is swapped out counts as not there. Async-signal-safe. */
+ * Where /proc can't be had, a page that is swapped out counts as not there. A marker (poison, a guard, a protected
+ * hole: regions have none of these where data should be) looks swapped out and counts as there. Async-signal-safe. */
 static inline int pages_there(const char *start, uint64_t len, uint64_t page)
 {
     enum { MOST = 64 };
@@ -435,10 +437,16 @@ static inline int pages_there(const char *start, uint64_t len, uint64_t page)
     return all;
 }
 
-/* Has the kernel begin to write a file's dirty pages to the disk, so that an fsync finds less to do. */
-static inline int file_write_out(int fd)
+/* Has the kernel begin to write a file's dirty pages to the disk, so that an fsync finds less to do. In pieces, until
+ * `over` is not 0: a call may wait as long as the disk takes for most of a piece, and no signal ends it. */
+static inline int file_write_out(int fd, const uint8_t *over)
 {
-    return sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE) ? -errno : 0;
+    enum { PIECE = 8 << 20 };
+    struct stat s;
+    int err = fstat(fd, &s) ? -errno : 0;
+    for (off_t at = 0; !err && at < s.st_size && !u8_load(over); at += PIECE)
+        err = sync_file_range(fd, at, PIECE, SYNC_FILE_RANGE_WRITE) ? -errno : 0;
+    return err;
 }
 
 /* memcpy within this process that answers -EFAULT for a source that is not there. */

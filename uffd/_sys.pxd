@@ -96,7 +96,7 @@ cdef extern from "_sys.h" nogil:
     char *map_lazy(uint64_t len, int protection, int fd) noexcept
     int map_forbid(char *start, uint64_t len) noexcept
     int map_unshare(char *start, uint64_t len) noexcept
-    int file_write_out(int fd) noexcept
+    int file_write_out(int fd, const uint8_t *over) noexcept
     bint pages_there(const char *start, uint64_t len, uint64_t page) noexcept
     int copy_guarded(char *target, const char *source, uint64_t nbytes) noexcept
     uint64_t u64_min(uint64_t a, uint64_t b) noexcept

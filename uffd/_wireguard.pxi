@@ -407,12 +407,16 @@ cdef void source_release_all(Wire_t *w) noexcept nogil:
     """At the end: what is left, and the pages that two blocks share."""
     cdef Part_t *p
     cdef uint32_t i
-    cdef uint64_t k, page
+    cdef uint64_t k, start, page, last
     for i in range(w.nparts):
         p = &w.part[i]
+        last = 0
         source_release(w, i, 0, p.blocks)
         for k in range(p.blocks + 1 if p.region_id == 0 and p.guarded_bytes else 0):
-            page = u64_min(<uint64_t>p.base + (k << p.shift), <uint64_t>p.base + p.nbytes) & ~(PAGE - 1)
-            if <uint64_t>p.base <= page and page + PAGE <= <uint64_t>p.base + p.nbytes and \
-                    pages_there(<char *>page, PAGE, PAGE):
+            start = <uint64_t>p.base + (k << p.shift)
+            page = start & ~(PAGE - 1)
+            if page == last or page == start and <uint64_t>1 << p.shift >= PAGE:
+                continue                    # given back already: once more, and it would read as zeros in between
+            if <uint64_t>p.base <= page and page + PAGE <= <uint64_t>p.base + p.nbytes:
                 give_back(w, page, page + PAGE)
+                last = page

@@ -246,6 +246,12 @@ int fdatasync(int fd)
     return r ? refuse(r) : (int)syscall(SYS_fdatasync, fd);
 }
 
+int sync_file_range(int fd, off_t offset, off_t nbytes, unsigned flags)
+{
+    struct rule *r = hit("sync_file_range");
+    return r ? refuse(r) : (int)syscall(SYS_sync_file_range, fd, offset, nbytes, flags);
+}
+
 static int open_any(const char *path, int flags, mode_t mode)
 {
     struct rule *r = !strcmp(path, "/dev/userfaultfd") ? hit("device") : NULL;

@@ -56,12 +56,13 @@ class Target:
     @contextlib.contextmanager
     def written_out(self) -> Iterator[None]:
         """Meanwhile what is written goes to the disk, by a thread that may wait for it, so that `publish` finds little
-        left to do."""
+        left to do. The end waits for a few MiB at the most, however much is to be written."""
         over = threading.Event()
+        enough = bytearray(1)
 
         def keep_busy() -> None:
             while not over.wait(_WRITE_OUT_S):
-                _core.write_out(self.fd)
+                _core.write_out(self.fd, enough)
 
         thread = threading.Thread(target=keep_busy, name="uffd-write-out")
         try:
@@ -71,6 +72,7 @@ class Target:
         try:
             yield
         finally:
+            enough[0] = 1
             over.set()
             if thread is not threading.current_thread():
                 thread.join()
