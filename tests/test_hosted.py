@@ -215,6 +215,18 @@ def test_slow_provider_holds_up_nobody(make):
     fetch.wait(20)
 
 
+def test_a_long_prefetch_makes_way_for_who_waits(make):
+    """Goal: the requests that a prefetch has under way go to a populate as they end, not to its own next pieces.
+    Method: a prefetch of hundreds of pieces that would take many seconds, and has all requests that it can have."""
+    slow, other = make(800 * BLOCK, Slow(0.03), block_bytes=BLOCK), make(8 * BLOCK, fill_pattern)
+    fetch = uffd.prefetch(slow.array(), np.arange(0, 800 * BLOCK, 2 * BLOCK))
+    wait_until(lambda: slow.resident()[:100:2].sum() > 5, "the prefetch does not begin", 20)
+    other.populate()
+    assert other.resident().all() and not fetch.done()
+    fetch.cancel()
+    fetch.wait(20)
+
+
 def test_time_out_names_the_block_and_spares_the_others(make, capfd):
     """Goal: a provider that sleeps for ever fails its block by name; a request of another provider that was under way
     in the same host is given again."""

@@ -1,5 +1,8 @@
 """Read-ahead: it recognises sequential and strided touches and stops when it is wrong. Judged by counts, not time."""
 
+import ctypes
+import mmap
+import os
 import threading
 import time
 
@@ -13,6 +16,7 @@ PAGE = uffd._core.PAGE_BYTES
 BLOCK = 4 * PAGE
 BLOCKS = 1024
 PAUSE_S = 0.0002
+LIBC = ctypes.CDLL(None)
 PATIENCE_S = 0.1  # a busy machine lets the worker wait this long for a core
 
 
@@ -173,3 +177,63 @@ def test_readahead_leaves_written_blocks(region):
     right[:5] = 9
     np.testing.assert_array_equal(array[500 * BLOCK:501 * BLOCK], right)
     del array
+
+
+# ---- what a file is told
+
+
+def cached(path):
+    """Which blocks of a file the kernel has some page of."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = np.zeros(BLOCKS * BLOCK // PAGE, np.uint8)
+        view = np.frombuffer(mapped, np.uint8)
+        assert LIBC.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.nbytes),
+                                         ctypes.c_void_p(pages.ctypes.data)) == 0
+        del view
+    return (pages & 1).reshape(BLOCKS, -1).any(axis=1)
+
+
+def cold(make, tmp_path):
+    """(region, path) of a file that is on the disk alone, and of which the kernel reads nothing ahead by itself."""
+    path = tmp_path / "cold"
+    with open(path, "wb") as file:
+        file.write(pattern(0, BLOCKS * BLOCK).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(path).any():
+        pytest.skip("a file system in memory, or one that others read")
+    provider = uffd.providers.File(path)
+    os.posix_fadvise(provider._fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return make(BLOCKS * BLOCK, provider, block_bytes=BLOCK), path
+
+
+def settled(region):
+    """Which blocks are there, once nothing more comes."""
+    while True:
+        before = region.resident()
+        time.sleep(0.3)
+        if np.array_equal(before, region.resident()):
+            return before
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_file_is_told_of_what_comes_next(make, tmp_path, backward):
+    """Goal: while a sweep goes on, the kernel reads what lies behind the window; of other blocks, nothing."""
+    region, path = cold(make, tmp_path)
+    order = range(BLOCKS - 1, -1, -1) if backward else range(BLOCKS)
+    touch(region, order[:400], PATIENCE_S)
+    resident = settled(region)[::-1 if backward else 1]
+    reached = int(np.flatnonzero(resident).max())
+    due = time.monotonic() + 20
+    while not (seen := cached(path)[::-1 if backward else 1])[reached + 1:].any() and time.monotonic() < due:
+        time.sleep(0.05)
+    assert reached < 600 and seen[reached + 1:].any()
+    assert not seen[2 * reached:].any()
+
+
+def test_a_prefetch_reads_nothing_behind_its_end(make, tmp_path):
+    region, path = cold(make, tmp_path)
+    region.prefetch((0, BLOCKS // 2 * BLOCK)).wait(20)
+    assert region.resident()[:BLOCKS // 2].all()
+    assert not cached(path)[BLOCKS // 2:].any()

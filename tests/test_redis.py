@@ -8,6 +8,7 @@ back as they were, spoiled. What needs a second process has one.
 import errno
 import pickle
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -23,6 +24,7 @@ import uffd
 skip_without_redis()
 
 from uffd.providers.redis import Redis  # noqa: E402
+from uffd.providers.redis_wire import Answers, Unexpected  # noqa: E402
 
 pytest_plugins = ("support.redisblocks",)
 BLOCK = 65536
@@ -326,6 +328,84 @@ def test_options_that_can_not_be():
             Redis("redis://127.0.0.1:1", "space", **options)
     with pytest.raises(ValueError, match="redis://"):
         Redis("http://127.0.0.1", "space")
+
+
+# ---- from a socket into pages
+
+
+class Stream:
+    """A socket as TLS has them, without a descriptor of its own to receive from."""
+
+    def __init__(self, end):
+        self.recv_into, self.gettimeout = end.recv_into, end.gettimeout
+
+
+@pytest.fixture(params=["plain", "wrapped"])
+def line(request):
+    """(the server's end, the answers that come at the other end, that end), both ways to receive."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname(), 20)
+        theirs, _ = listening.accept()
+    with ours, theirs:
+        yield theirs, Answers(ours if request.param == "plain" else Stream(ours)), ours
+
+
+def bulk(data):
+    return b"$-1\r\n" if data is None else b"$%d\r\n%s\r\n" % (len(data), data)
+
+
+@pytest.mark.parametrize("sizes", [[64] * 5, [BLOCK] * 40, [BLOCK, None, 7, 0, None, BLOCK - 1, 300_000, None], []])
+@pytest.mark.parametrize("step", [None, 100_003])
+def test_values_from_a_socket(line, sizes, step):
+    """Goal: heads and bytes as they were sent, zeros behind short ones and where there is none, whatever comes in one
+    piece or does not come yet; and what follows is still there to be read."""
+    theirs, answers, ours = line
+    heads = [bytes(some_bytes(56, 100 + number)) for number in range(len(sizes))]
+    data = [None if size is None else bytes(some_bytes(size, number)) for number, size in enumerate(sizes)]
+    sent = b"".join(map(bulk, [b"before", *(one if one is None else head + one for head, one in zip(heads, data)),
+                               b"behind"]))
+
+    def send():
+        for at in range(0, len(sent), step or len(sent)):
+            theirs.sendall(sent[at:at + (step or len(sent))])
+            time.sleep(0.005 if step else 0)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert answers.bulk() == b"before"
+    parts = [np.full(max(size or 0, 1000), 0xAA, np.uint8) for size in sizes]
+    lengths, found = answers.values(parts, 56)
+    assert answers.bulk() == b"behind"
+    sender.join()
+    assert lengths == [-1 if one is None else 56 + len(one) for one in data]
+    for number, (part, one) in enumerate(zip(parts, data)):
+        assert bytes(part) == (one or b"").ljust(len(part), b"\0"), number
+        assert one is None or found[56 * number:56 * number + 56] == heads[number], number
+    assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
+@pytest.mark.parametrize("answer", [
+    b"-LOADING not yet\r\n", b":5\r\n", b"*1\r\n", b"$\r\n", b"$-2\r\n", b"$6x\r\n", b"$" + b"9" * 400, bulk(b"short"),
+    bulk(bytes(56 + 1001)), b"$60\r\n" + bytes(62), b"$60\r\n" + bytes(30), b"", b"$1056\r\n" + bytes(1056)])
+def test_an_answer_that_is_none(line, answer):
+    """Goal: an error, whatever comes, and for the end of the connection."""
+    theirs, answers, _ = line
+    theirs.sendall(bulk(bytes(57)) + answer)
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.raises((Unexpected, OSError)):
+        answers.values([np.zeros(1000, np.uint8) for _ in range(2)], 56)
+
+
+def test_values_that_do_not_come(line):
+    theirs, answers, ours = line
+    ours.settimeout(0.2)
+    late = Answers(ours if answers._fd >= 0 else Stream(ours))
+    theirs.sendall(bulk(bytes(57)) + b"$1056\r\n")
+    with pytest.raises(TimeoutError):
+        late.values([np.zeros(1000, np.uint8) for _ in range(2)], 56)
+    assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
+# ---- addresses, users and servers
 
 
 @pytest.mark.parametrize("rest, place", [

@@ -36,8 +36,7 @@ cdef void wake_worker(Engine_t *e) noexcept nogil:
 
 
 cdef bint work_waits(Engine_t *e) noexcept nogil:
-    return (u64_load_seq(&e.demand.tail) != u64_load_seq(&e.demand.head)
-            or u64_load_seq(&e.ahead.tail) != u64_load_seq(&e.ahead.head)
+    return (not ring_is_empty(e.demand) or not ring_is_empty(e.ahead)
             or u32_load_seq(&e.jobs_waiting) != 0 and not u32_load_seq(&e.jobs_starved))
 
 
@@ -50,7 +49,7 @@ cdef bint serve_one_piece(Engine_t *e, Slot *s) noexcept nogil:
     if job_serve(e, s, POPULATE):
         return True
     if ring_take(e.ahead, &p):
-        if u64_load_seq(&e.ahead.tail) != u64_load_seq(&e.ahead.head):
+        if not ring_is_empty(e.ahead):
             wake_worker(e)                  # there is more: somebody else may take the next
         serve_piece(s, &p, READAHEAD)
         return True
@@ -69,8 +68,29 @@ cdef void serve_piece(Slot *s, Piece *p, uint32_t cause) noexcept nogil:
     elif r.hosted:
         hosted_piece(r, p)
     else:
+        if p.ahead:
+            source_told(r, <int64_t>p.first + p.ahead, p.stride, p.count)
         fill_piece(s, r, p, cause)
     region_release(r)
+
+
+cdef void source_told(Region_t *r, int64_t b, int64_t stride, uint32_t n) noexcept nogil:
+    """Tells the source of blocks that will be asked for next, so that a disk is at work on them while those before them
+    are filled. Not of those that are there, or lie elsewhere."""
+    cdef int64_t low = b, count = 1
+    if r.fill.ahead == NULL or r.part != NULL or r.in_child:
+        return
+    if stride == 1 or stride == -1:
+        low = b if stride == 1 else b - n + 1
+        count = n
+        n = 1
+    while n and 0 <= low < <int64_t>r.blocks:
+        if low + count > <int64_t>r.blocks:
+            count = <int64_t>r.blocks - low
+        if u32_load(&r.state[low]) & (STATE_MASK | SPILLED) == MISSING:
+            r.fill.ahead(r.fill.self, <uint64_t>low << r.shift, run_bytes(r, <uint64_t>low, <uint32_t>count))
+        low += stride
+        n -= 1
 
 
 cdef void repair_ask(Region_t *r, uint64_t b) noexcept nogil:
@@ -161,6 +181,10 @@ cdef bint ring_take(Ring *q, Piece *p) noexcept nogil:
         at = u64_load(&q.head)
 
 
+cdef bint ring_is_empty(Ring *q) noexcept nogil:
+    return u64_load_seq(&q.tail) == u64_load_seq(&q.head)
+
+
 cdef bint hand_off(Region_t *r, uint64_t b, bint write) noexcept nogil:
     """Asks a worker to serve a fault; the caller then sleeps on the block's word. False: full, ask again."""
     cdef Piece p
@@ -227,7 +251,7 @@ cdef void stream_extend(Slot *s, Region_t *r, Stream *st, int64_t b) noexcept no
         if ahead == 0 and r.credit:
             r.credit -= 1
             st.owed = 1
-            stream_ask(s, r, st, 1)
+            stream_ask(s, r, st, 1, 0)
         return
     window = st.confirmed / 6
     if window < 4:
@@ -235,12 +259,13 @@ cdef void stream_extend(Slot *s, Region_t *r, Stream *st, int64_t b) noexcept no
     if window > r.ahead_blocks:
         window = r.ahead_blocks
     if ahead * 2 <= window:
-        stream_ask(s, r, st, window - ahead)
+        stream_ask(s, r, st, window - ahead, window)
 
 
-cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogil:
-    """Queues the stream's next n blocks in pieces. A full queue ends it early: read-ahead is a hint."""
-    cdef uint64_t per_piece = PIECE_BYTES >> r.shift, pieces = 0
+cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n, uint64_t told) noexcept nogil:
+    """Queues the stream's next n blocks in pieces. A full queue ends it early: read-ahead is a hint. told: with each
+    piece the source is told of the one that lies so many of the stream's blocks behind it."""
+    cdef uint64_t per_piece = PIECE_BYTES >> r.shift, pieces = 0, most = TOLD_BYTES >> r.shift
     cdef Piece p
     if per_piece == 0:
         per_piece = 1
@@ -253,6 +278,7 @@ cdef void stream_ask(Slot *s, Region_t *r, Stream *st, uint64_t n) noexcept nogi
         p.count = <uint32_t>(per_piece if per_piece < n else n)
         p.write = 0
         p.since_ns = now_ns()
+        p.ahead = <int64_t>(told if told < most else most) * st.stride
         if not ring_put(r.engine.ahead, &p):
             break
         st.next += st.stride * <int64_t>p.count
@@ -365,7 +391,7 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
     cdef Job_t *j
     cdef Region_t *r = NULL
     cdef Slot *by = NULL
-    cdef uint64_t first = 0, n = 0
+    cdef uint64_t first = 0, n = 0, end = 0, told
     if u32_load_seq(&e.jobs_waiting) == 0:
         return False
     pthread_mutex_lock(&e.job_lock)
@@ -377,10 +403,8 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
         else:
             j.outstanding += 1
             by.job = j                      # under the lock that fork() takes: a child finds every piece under way
+            end = j.runs[2 * j.at + 1]
             job_next_piece(e, j, r.shift, &first, &n)
-            j.handed_bytes += n << r.shift
-            if j.kind == PREFETCH and j.queued and j.handed_bytes > u64_load(&e.limit) / 2:
-                job_unqueue(e, j)           # more would only drive out what it has brought
     pthread_mutex_unlock(&e.job_lock)
     if j == NULL:
         return False
@@ -388,6 +412,9 @@ cdef bint job_serve(Engine_t *e, Slot *s, uint32_t kind) noexcept nogil:
         if r.hosted:
             hosted_job(by, r, j, first, n)
         else:
+            told = first + (<uint64_t>TOLD_BYTES >> r.shift)
+            if told < end:
+                source_told(r, <int64_t>told, 1, <uint32_t>(n if n < end - told else end - told))
             job_fill(e, s, j, r, first, n)
         region_release(r)
     return True
@@ -429,11 +456,22 @@ cdef void job_next_piece(Engine_t *e, Job_t *j, uint32_t shift, uint64_t *first,
         j.at += 1
         if j.at < j.nruns:
             j.block = j.runs[2 * j.at]
+    j.handed_bytes += n[0] << shift
     if j.at == j.nruns:
         job_unqueue(e, j)                   # it ends with the last piece that is under way
+    elif j.kind == PREFETCH and j.handed_bytes > u64_load(&e.limit) / 2:
+        job_unqueue(e, j)                   # more would only drive out what it has brought
 
 
 cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, uint64_t n) noexcept nogil:
+    """A piece; in the name of a request of a provider host also those after it, for as long as nothing else is to be
+    done first: to hand each of them out anew takes a worker, and wakes two threads."""
+    while job_piece(e, s, j, r, first, n) and job_goes_on(e, s, r, &first, &n):
+        pass
+
+
+cdef bint job_piece(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, uint64_t n) noexcept nogil:
+    """False: the keeper has ended it in our place."""
     cdef uint64_t b = first, end = first + n
     cdef uint32_t got
     cdef int err
@@ -453,11 +491,56 @@ cdef void job_fill(Engine_t *e, Slot *s, Job_t *j, Region_t *r, uint64_t first, 
             continue
         err = finish_run(s, r)
         if u32_load(&s.kind) == SLOT_RETIRED:
-            return                          # the keeper has ended this piece in our place
+            return False
         b += got
         if err != 0:
             job_fail(e, j, err, s.failed, s.tries)
-    job_piece_done(e, s)
+    return True
+
+
+cdef bint job_goes_on(Engine_t *e, Slot *s, Region_t *r, uint64_t *first, uint64_t *n) noexcept nogil:
+    """The slot's piece has ended. Whether it got the next one of its job: not where a worker drives it, who looks for
+    faults in between, and not before what goes first."""
+    cdef Job_t *j
+    cdef bint more
+    pthread_mutex_lock(&e.job_lock)
+    j = s.job
+    more = s.carrier != NULL and j.queued and not u32_load(&r.closing) and carrier_may_stay(s) \
+        and ring_is_empty(e.demand) and ring_is_empty(e.ahead) and not job_precedes(e, j)
+    if more:
+        job_next_piece(e, j, r.shift, first, n)
+    else:
+        job_piece_ends(s)
+    pthread_mutex_unlock(&e.job_lock)
+    return more
+
+
+cdef void job_piece_ends(Slot *s) noexcept nogil:
+    """The slot's piece has ended. Under job_lock."""
+    cdef Job_t *j = s.job
+    s.job = NULL
+    j.outstanding -= 1
+    job_finish(j)
+
+
+cdef void job_piece_done(Engine_t *e, Slot *s) noexcept nogil:
+    pthread_mutex_lock(&e.job_lock)
+    job_piece_ends(s)
+    pthread_mutex_unlock(&e.job_lock)
+
+
+cdef bint job_precedes(Engine_t *e, Job_t *j) noexcept nogil:
+    """Whether another job is to be served before this one. Under job_lock."""
+    cdef Job_t *other = e.jobs
+    while other != NULL and other != j:
+        if other.kind == POPULATE or other.kind == j.kind:
+            return True
+        other = other.next
+    while other != NULL and j.kind == PREFETCH:
+        if other.kind == POPULATE:
+            return True
+        other = other.next
+    return False
 
 
 cdef bint job_rescue(Slot *s, Region_t *r, uint64_t b) noexcept nogil:
@@ -494,15 +577,4 @@ cdef void job_fail(Engine_t *e, Job_t *j, int err, uint64_t b, uint32_t tries) n
         u32_cas(&j.cancelled, 0, JOB_FAILED)
         if j.queued:
             job_unqueue(e, j)
-    pthread_mutex_unlock(&e.job_lock)
-
-
-cdef void job_piece_done(Engine_t *e, Slot *s) noexcept nogil:
-    """The slot's piece has ended."""
-    cdef Job_t *j
-    pthread_mutex_lock(&e.job_lock)
-    j = s.job
-    s.job = NULL
-    j.outstanding -= 1
-    job_finish(j)
     pthread_mutex_unlock(&e.job_lock)

@@ -28,10 +28,10 @@
  * fdatasync of the journal failed nothing is stored any more: the kernel may have dropped pages, and now
  * calls them clean.
  *
- * Provides: uffd_checked_make, _open, _fill, _store, _sync, _close; all answer 0 or -errno: EBADMSG for bytes that are
- * not those of their checksum, ESTALE for a file whose size or a sidecar whose offset is another, EBUSY
- * while another has it open for writing. Damage to the journal costs what was stored since the last sync, as a loss of
- * power does.
+ * Provides: uffd_checked_make, _open, _ahead, _fill, _store, _sync, _close. All but _ahead answer 0 or -errno: EBADMSG
+ * for bytes that are not those of their checksum, ESTALE for a file whose size or a sidecar whose offset is another,
+ * EBUSY while another has it open for writing. Damage to the journal costs what was stored since the last sync, as a
+ * loss of power does.
  */
 #ifndef UFFD_CHECKED_H
 #define UFFD_CHECKED_H
@@ -322,6 +322,13 @@ static inline int checked_fill_in_child(struct uffd_checked *c, uint64_t offset,
         err = checked_fill_now(c, offset, block, nbytes);
     }
     return err;
+}
+
+/* Tells the kernel of bytes that will be asked for. What lies in the journal was written lately. */
+static inline void uffd_checked_ahead(void *self, uint64_t offset, uint64_t nbytes)
+{
+    const struct uffd_checked *c = self;
+    posix_fadvise(c->fd, (off_t)(c->offset + offset), (off_t)nbytes, POSIX_FADV_WILLNEED);
 }
 
 static inline int uffd_checked_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes)

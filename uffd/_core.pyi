@@ -244,6 +244,10 @@ class ForkedImage:
     def written(self, i: int) -> bytes: ...
     def close(self) -> None: ...
 
+# (lengths, start, stop); used by providers/redis_wire.py.
+def resp_take(fd: int, timeout_s: float | None, ahead: bytearray, start: int, stop: int, parts: Any,
+              heads: bytearray) -> tuple[list[int], int, int]: ...
+
 # The provider host's end; used by _host.py only.
 @disjoint_base
 class HostBuffer:

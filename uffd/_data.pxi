@@ -126,6 +126,7 @@ cdef struct Fill:               # where blocks come from. Constant while a regio
     int kind
     const char *direct          # FILL_DIRECT: byte 0
     call_fn call
+    void (*ahead)(void *self, uint64_t offset, uint64_t nbytes) noexcept nogil  # these will be asked for soon. Or NULL
     store_fn store              # writes bytes back; returning 0 is the acknowledgement. Or NULL
     int (*sync)(void *self) noexcept nogil                      # makes durable what was acknowledged. Or NULL
     bint writes                 # the provider can be written back to, by `store` or in its host
@@ -313,6 +314,7 @@ cdef struct Piece:              # some blocks to bring in, or one handed-off fau
     uint32_t count
     uint32_t write
     uint64_t since_ns
+    int64_t ahead               # blocks from the piece to those that its source is told of; 0: none
 
 cdef struct Cell:
     uint64_t turn
@@ -471,6 +473,7 @@ cdef enum:
     RUN_BYTES = 512 * 1024      # of one fill: staging that stays in the second-level cache
     HUGE_BYTES = 2 << 20        # of a huge page, where pages have 4 KiB
     PIECE_BYTES = 512 * 1024    # of read-ahead and prefetch between two looks for demand
+    TOLD_BYTES = 4 * 1024 * 1024  # how far before a piece its source is told, at the most
     MAX_BLOCK_BYTES = 16 << 20
     STAND_IN_MS = 50            # a stand-in is not woken for work, it looks; so its descriptors can go with it
     EVENT_WAKE = 1              # epoll data of a worker's own set

@@ -174,6 +174,11 @@ cdef void carrier_return(Slot *c) noexcept nogil:
         wake_worker(e)
 
 
+cdef bint carrier_may_stay(Slot *c) noexcept nogil:
+    """Whether who has a request that is not urgent may use it again, as one that is borrowed now."""
+    return u32_load_seq(&c.engine.carrier_waiters) == 0 and u64_count(u64_load(&c.carrier.h.free)) >= <int>SPARE
+
+
 cdef void carrier_pass(Slot *c, Region_t *r, uint32_t task) noexcept nogil:
     """Hands a carrier to its own thread, with a reference to the region. Where the system gives no thread the caller
     does its work: a touch waits for it."""

@@ -44,6 +44,7 @@ cdef extern from "_checked.h" nogil:
     int uffd_checked_make(int fd, int side, uint64_t offset, uint64_t nbytes, uint64_t id) noexcept
     int uffd_checked_open(uffd_checked **out, int fd, int side, uint64_t offset, uint64_t nbytes,
                           bint writable) noexcept
+    void uffd_checked_ahead(void *self, uint64_t offset, uint64_t nbytes) noexcept
     int uffd_checked_fill(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept
     int uffd_checked_store(void *self, uint32_t slot, uint64_t offset, const void *block, size_t nbytes) noexcept
     int uffd_checked_sync(void *self) noexcept
@@ -105,6 +106,15 @@ cdef int file_fill(void *self, uint32_t slot, uint64_t offset, void *block, size
         elif errno != EINTR:
             return -errno
     return 0
+
+
+cdef void image_ahead(void *self, uint64_t offset, uint64_t nbytes) noexcept nogil:
+    uffd_image_ahead(<uffd_image *>self, offset, nbytes)
+
+
+cdef void file_ahead(void *self, uint64_t offset, uint64_t nbytes) noexcept nogil:
+    cdef FileSource *f = <FileSource *>self
+    posix_fadvise(f.fd, <int64_t>(f.offset + offset), <int64_t>nbytes, POSIX_FADV_WILLNEED)
 
 
 cdef int file_fill_direct(void *self, uint32_t slot, uint64_t offset, void *block, size_t nbytes) noexcept nogil:
@@ -293,6 +303,7 @@ cdef class Filler:
         f.file.offset = offset
         f.fill.kind = FILL_CALL
         f.fill.call = &file_fill_direct if direct else &file_fill
+        f.fill.ahead = NULL if direct else &file_ahead
         if writable:
             f.fill.writes = True
             f.fill.store = &file_store_direct if direct else &file_store
@@ -316,6 +327,7 @@ cdef class Filler:
         f.nbytes = nbytes
         f.fill.kind = FILL_CALL
         f.fill.call = &uffd_checked_fill
+        f.fill.ahead = &uffd_checked_ahead
         if writable:
             f.fill.writes = True
             f.fill.store = &uffd_checked_store
@@ -348,6 +360,7 @@ cdef class Filler:
         f.nbytes = nbytes
         f.fill.kind = FILL_CALL
         f.fill.call = &uffd_image_fill
+        f.fill.ahead = &image_ahead
         f.fill.self = f.image_files
         f.fill.may_block = True             # a unit is read to the stack: too much for a signal handler
         return f

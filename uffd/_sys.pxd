@@ -151,6 +151,8 @@ cdef extern from "_sys.h" nogil:
     int shutdown(int fd, int how) noexcept
     int SIGKILL, MAP_SHARED
     int64_t pread(int fd, void *block, size_t nbytes, int64_t offset) noexcept
+    int posix_fadvise(int fd, int64_t offset, int64_t nbytes, int advice) noexcept
+    enum: POSIX_FADV_WILLNEED
     int64_t pwrite(int fd, const void *block, size_t nbytes, int64_t offset) noexcept
     int64_t sysconf(int name) noexcept
     int sched_yield() noexcept

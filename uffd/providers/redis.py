@@ -31,7 +31,8 @@ from .urls import shown
 __all__ = ["Redis"]
 
 _DURABLE = ("ack", "wait", "aof")
-_BATCH_BYTES = 8 << 20                           # of one pipeline
+_READ_BYTES = 2 << 20                            # of one pipeline: more only fills the server's buffers, and caches
+_WRITE_BYTES = 8 << 20
 _INDEX_PART_BYTES = 2 << 10                      # of an index, up to which its head is read along with the rest
 _WRITE_TRIES = 8                                 # of a block that another host of the same session writes, too
 
@@ -60,7 +61,7 @@ class Redis(Provider):
     failure.
     """
 
-    concurrency = 4                              # more wait for each other; requests that wait come as one batch
+    concurrency = 2                              # one works while the other waits; more wait for each other
 
     def __init__(self, url: str, namespace: str, *, create: bool = True, delete: bool = False, durable: str = "ack",
                  nbytes: int | None = None, block_bytes: int | None = None, replicas: int = 1, lease_s: float = 10.0,
@@ -162,7 +163,7 @@ class Redis(Provider):
         self.read_many([(offset, out)])
 
     def read_many(self, requests: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Fetches all blocks of all requests in one pipeline, 8 MiB at a time."""
+        """Fetches all blocks of all requests pipelined, 2 MiB at a time."""
         live = self._opened()
         deadline = live.server.deadline()
         runs: dict[int, list[Piece]] = defaultdict(list)
@@ -170,7 +171,7 @@ class Redis(Provider):
         for block, begin, part in self._pieces(requests):
             runs[block // RUN_BLOCKS].append((block, begin, part))
             held += self.block_bytes
-            if held >= _BATCH_BYTES:
+            if held >= _READ_BYTES:
                 self._read_runs(live, runs, deadline)
                 runs.clear()
                 held = 0
@@ -255,21 +256,14 @@ class Redis(Provider):
         head_of_group, versions = self._versions(live, run, [answers.bulk() for _ in run.commands[1:]])
         if answers.length(b"*") != len(run.blocks):
             raise Unexpected("another number of values")
-        for (block, _, part), version in zip(run.pieces, versions, strict=True):
-            count = answers.length(b"$")
+        lengths, heads = answers.values([part for _, _, part in run.pieces], VALUE_HEAD_BYTES)
+        for number, (block, _, part) in enumerate(run.pieces):
+            count, version, at = lengths[number], versions[number], number * VALUE_HEAD_BYTES
             if count < 0:
                 self._checked(live, block, None, version)
-                part[:] = 0
-                continue
-            head = answers.exactly(VALUE_HEAD_BYTES)
-            data = part[:count - VALUE_HEAD_BYTES]
-            if not 0 <= count - VALUE_HEAD_BYTES <= len(part):
-                raise Unexpected("a value longer than a block, or shorter than its head")
-            answers.into(data)
-            answers.end_of_bulk()
-            if live.values.checked(head, data, block) < version:
+            elif live.values.checked(heads[at:at + VALUE_HEAD_BYTES], part[:count - VALUE_HEAD_BYTES],
+                                     block) < version:
                 raise Damaged("out of date")
-            part[len(data):] = 0
         return head_of_group
 
     def _check_group(self, block: int, data: bytes, writes: int) -> GroupHead:
@@ -327,7 +321,7 @@ class Redis(Provider):
         for piece in self._pieces(requests):
             batch.append(piece)
             held += self.block_bytes
-            if held >= _BATCH_BYTES:
+            if held >= _WRITE_BYTES:
                 self._write_batch(live, batch, deadline)
                 batch, held = [], 0
         if batch:

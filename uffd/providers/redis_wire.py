@@ -8,11 +8,15 @@ closed, and the caller asks again through redis-py, which knows all that may be 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
+from .._coreless import core as _core
+from .._coreless import reason as _no_core
 
 __all__ = ["Answers", "Unexpected", "asked"]
 
@@ -26,8 +30,11 @@ class Unexpected(Exception):
 class Answers:
     """The answers that come on a socket, taken one after the other."""
 
-    def __init__(self, socket: Any) -> None:
-        self._receive = socket.recv_into
+    def __init__(self, connection: Any) -> None:
+        is_plain = type(connection) is socket.socket and _no_core is None     # and not TLS
+        self._fd = connection.fileno() if is_plain else -1
+        self._timeout_s = connection.gettimeout()
+        self._receive = connection.recv_into
         self._buffer = bytearray(_SMALL_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._stop = 0             # what of the buffer was received and not taken
@@ -42,7 +49,9 @@ class Answers:
         line, self._start = bytes(self._view[self._start:end]), end + 2
         if line[:1] != kind or not line[1:].removeprefix(b"-").isdigit():
             raise Unexpected(line[:80])
-        return int(line[1:])
+        if (number := int(line[1:])) < -1:
+            raise Unexpected(line[:80])
+        return number
 
     def exactly(self, count: int) -> bytes:
         """The next `count` bytes."""
@@ -70,6 +79,27 @@ class Answers:
             self.end_of_bulk()
         return data
 
+    def values(self, parts: Sequence[np.ndarray], head_bytes: int) -> tuple[list[int], bytes]:
+        """Fills each part with what follows the head of a value, and with zeros behind that. The values' lengths, -1
+        where there is none, and their heads, one behind the other."""
+        heads = bytearray(head_bytes * len(parts))
+        if self._fd >= 0:                        # all of them in one call, without the interpreter lock
+            lengths, self._start, self._stop = _core.resp_take(self._fd, self._timeout_s, self._buffer, self._start,
+                                                              self._stop, parts, heads)
+            return lengths, bytes(heads)
+        lengths = []
+        for number, part in enumerate(parts):
+            count = self.length(b"$")
+            lengths.append(count)
+            if count >= 0:
+                if not 0 <= count - head_bytes <= len(part):
+                    raise Unexpected("a value longer than a block, or shorter than its head")
+                heads[number * head_bytes:(number + 1) * head_bytes] = self.exactly(head_bytes)
+                self.into(part[:count - head_bytes])
+                self.end_of_bulk()
+            part[max(count - head_bytes, 0):] = 0
+        return lengths, bytes(heads)
+
     def end_of_bulk(self) -> None:
         if self.exactly(2) != b"\r\n":
             raise Unexpected("bytes behind a bulk string")
@@ -91,11 +121,11 @@ def asked(client: Any, commands: Sequence[tuple[Any, ...]]) -> Iterator[Answers]
     pool = client.connection_pool
     connection = pool.get_connection()
     try:
-        socket = getattr(connection, "_sock", None)
-        if not hasattr(socket, "recv_into"):
+        stream = getattr(connection, "_sock", None)
+        if not hasattr(stream, "recv_into"):
             raise Unexpected("a connection without a socket of its own")
         connection.send_packed_command(connection.pack_commands(commands))
-        yield Answers(socket)
+        yield Answers(stream)
     except BaseException:
         connection.disconnect()
         raise
