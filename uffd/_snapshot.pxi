@@ -148,8 +148,9 @@ cdef inline void save_publish(Image_t *m, Span *p, uint64_t k, uint8_t state) no
 
 
 cdef void image_fail(Image_t *m, int err, bint lost) noexcept nogil:
-    """The first error is the one that is told; the streamer lifts everything and ends."""
-    if u32_cas(<uint32_t *>&m.error, 0, <uint32_t>err):
+    """The first error is the one that is told; the streamer lifts everything and ends. What is not there any more after
+    that, or after it was given up, is no error: who copies a block at that moment finds its protection gone."""
+    if u32_load(&m.aborted) == 0 and u32_cas(<uint32_t *>&m.error, 0, <uint32_t>err):
         m.lost = lost
     u32_store(&m.aborted, 1)
     image_ring(m)
