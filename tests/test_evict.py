@@ -254,10 +254,13 @@ def test_clean_blocks_are_not_written(make, engine, region_mode):
     array = rows(region)
     rng = np.random.default_rng(5)
     right = pattern(0, 4 * BLOCKS * SIZE).reshape(-1, SIZE)
-    for block in np.minimum(rng.zipf(1.2, 4000) - 1, 4 * BLOCKS - 1) * 37 % (4 * BLOCKS):
-        assert array[block, 5] == right[block, 5]
-    np.testing.assert_array_equal(array, right)
-    stats = region.stats()
+    for _ in range(10):                     # who is slow to take blocks out of the pool brings back more or less
+        for block in np.minimum(rng.zipf(1.2, 4000) - 1, 4 * BLOCKS - 1) * 37 % (4 * BLOCKS):
+            assert array[block, 5] == right[block, 5]
+        np.testing.assert_array_equal(array, right)
+        stats = region.stats()
+        if stats.rescued:
+            break
     assert stats.evicted > BLOCKS and stats.rescued > 0
     assert stats.written_back == 0 and stats.faults_wp == 0 and store.writes == 0
     assert not region.dirty().any()

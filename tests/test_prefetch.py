@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import uffd
+from support.blocks import wait_until
 from support.native import controlled
 from support.pattern import pattern, seeded
 
@@ -170,6 +171,24 @@ def test_prefetch_returns_at_once_and_waits(make):
     assert prefetch.done()
     prefetch.wait()
     assert region.resident().all()
+
+
+def test_a_prefetch_of_what_another_one_fetches(make):
+    """Goal: who waits for a prefetch has all of it, also what another one is fetching at this moment."""
+    provider, control = controlled()
+    control.close_gate(2 * BLOCK, 3 * BLOCK)
+    region = make(8 * BLOCK, provider, readahead_bytes=0)
+    first = region.prefetch((2 * BLOCK, 3 * BLOCK))
+    wait_until(lambda: control.calls, "the provider was not asked")
+    second = region.prefetch()
+    with pytest.raises(TimeoutError):
+        second.wait(0.3)
+    wait_until(lambda: region.resident().sum() == 7, "what nobody else fetches does not come")
+    assert not region.resident()[2]
+    control.open_gate()
+    second.wait(10)
+    assert region.resident().all()
+    first.wait(10)
 
 
 def test_populate_timeout(make):

@@ -282,6 +282,29 @@ cdef uint64_t _bytes_of(Job_t *j, uint32_t shift) noexcept:
     return n << shift
 
 
+cdef bint job_others(Job_t *j, uint64_t timeout_ns) noexcept nogil:
+    """Whether none of a job's blocks is being filled by somebody else any more; waits a while."""
+    cdef Region_t *r = region_acquire(j.region_id)
+    cdef uint64_t i, b, now = now_ns(), deadline = now + timeout_ns
+    cdef uint32_t word
+    cdef bint none = True
+    if r == NULL:
+        return True
+    for i in range(j.nruns):
+        b = j.runs[2 * i]
+        while b < j.runs[2 * i + 1] and none and not u32_load(&r.closing):
+            word = u32_load(&r.state[b])
+            if word & STATE_MASK != FILLING:
+                b += 1
+                continue
+            now = now_ns()
+            none = now < deadline
+            if none:
+                wait_for_word(r, b, word, deadline - now)
+    region_release(r)
+    return none
+
+
 @no_gc_clear
 cdef class Job:
     """A queued prefetch or populate."""
@@ -314,6 +337,7 @@ cdef class Job:
     def wait(self, timeout_ns=None):
         """True when done, False when the time was over first. Ctrl-C interrupts it."""
         cdef uint64_t deadline = 0, now = now_ns(), part
+        cdef bint ended
         if timeout_ns is not None:
             deadline = now + <uint64_t>timeout_ns
         while not u32_load(&self.j.done):
@@ -326,6 +350,14 @@ cdef class Job:
             with nogil:
                 futex_wait(&self.j.done, 0, part)
             PyErr_CheckSignals()
+        while not u32_load(&self.j.cancelled):
+            with nogil:                     # what others had in hand was left to them
+                ended = job_others(self.j, SLICE_NS if timeout_ns is None else u64_min(SLICE_NS, deadline - now_ns()))
+            if ended:
+                break
+            PyErr_CheckSignals()
+            if timeout_ns is not None and now_ns() >= deadline:
+                return False
         return True
 
     @property
