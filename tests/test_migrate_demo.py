@@ -41,6 +41,26 @@ def test_it_tells_what_happened_in_lines(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_it_compares_the_ways(tmp_path):
+    """Goal: each way moves the memory right; who hands it over at once sends each block once, and after the program
+    goes on; who stops the program before it copies lets it stand still for as long as that takes."""
+    done = run("--mib", "16", "--mb-per-s", "100", "--seconds", "0.2", "--compare", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert list(told) == ["stop-and-copy", "precopy", "postcopy"] and all(one["right"] for one in told.values())
+    blocks = {way: one["source"]["blocks"] for way, one in told.items()}
+    assert blocks["postcopy"]["precopy"] == 0 and blocks["postcopy"]["pushed"] + blocks["postcopy"]["requested"] == 256
+    assert blocks["stop-and-copy"]["precopy"] == 256 and blocks["stop-and-copy"]["pushed"] == 0
+    assert blocks["precopy"]["precopy"] > 512 and blocks["precopy"]["pushed"] == 0
+    assert told["stop-and-copy"]["still_s"] > 0.1, "16 MiB at 100 MB/s"
+    assert all(one["full_speed_s"] >= one["still_s"] > 0 for one in told.values())
+    assert (tmp_path / "uffd-migrate.png").read_bytes().startswith(b"\x89PNG")
+    done = run("--mib", "8", "--mb-per-s", "0", "--seconds", "0.1", "--no-png", "--compare", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == list(told) and not [line for line in lines if len(line) > 120]
+
+
 @pytest.mark.parametrize("wrong", [("--mib", "0"), ("--mb-per-s", "-1"), ("--seconds", "0")])
 def test_wrong_options_are_named(tmp_path, wrong):
     done = run(*wrong, cwd=tmp_path)

@@ -38,6 +38,8 @@ def destination(incoming):
     report = arrival.wait(20)
     assert report.bytes_opened == N - 12 * B, report
     a[:] = 9                                    # the file is nobody's to write
+    while not os.path.exists(f"{FOLDER}/heard"):    # else a source that was cut off could not be told that it is over
+        time.sleep(0.01)
     arrival.close()
     assert (a == 9).all() and arrival.regions[0].mode == "c"
 pid, url = start(destination)
@@ -64,6 +66,7 @@ with migrate.connect(url, {"a": a, "b": b}, postcopy_bytes_per_s=50e6) as outgoi
     if not outgoing.done():                     # where all was there already
         outgoing.recover()
     report = outgoing.wait(20)
+open(f"{FOLDER}/heard", "w").close()
 assert report.bytes_opened == N - 12 * B, report
 assert report.bytes.total <= N + 30 * B, report         # of breaks, some twice
 assert "not sent" in str(report)

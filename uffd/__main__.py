@@ -109,6 +109,9 @@ def _add_migrate(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--png", type=Path, default=Path("uffd-migrate.png"), metavar="PATH",
                       help="where the picture goes (default: %(default)s)")
     demo.add_argument("--no-png", action="store_true", help="draw none")
+    demo.add_argument("--compare", action="store_true",
+                      help="move it three times: stop and copy, precopy, postcopy; how long the program stands still, "
+                           "and until it is at full speed")
     demo.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     demo.set_defaults(run=_migrate_demo)
 
@@ -196,7 +199,7 @@ def _migrate_demo(options: argparse.Namespace) -> int:
     if not options.no_png and not options.png.absolute().parent.is_dir():
         raise ValueError(f"--png: there is no folder {options.png.absolute().parent}; name another, or say --no-png")
     return _demo.main(options.mib << 20, options.mb_per_s * 1e6, options.seconds,
-                      None if options.no_png else options.png, options.json)
+                      None if options.no_png else options.png, options.json, options.compare)
 
 
 def _demo(words: list[str]) -> int:
