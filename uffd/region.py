@@ -298,8 +298,10 @@ class Region(_core.Region):
     # ---- out of memory, and back to the store ----
 
     def evict(self, where: Where = None) -> int:
-        """Bytes that left memory: the blocks of `where` that are neither pinned nor busy, after what was written to
-        them was written back. Blocks until then. ProviderError as `flush`, for what could not be written: it stays."""
+        """Bytes that left memory: the blocks of `where` that are not pinned, after what was written to them was written
+        back. Blocks until then, and up to 0.1 s more for what can't leave at once; what is being filled stays, and
+        read-ahead that was asked for before may bring blocks back. ProviderError as `flush`, for what could not be
+        written: it stays."""
         runs = np.ascontiguousarray(self._runs(where), np.int64)
         if not len(runs):
             return 0
